@@ -1,0 +1,141 @@
+"""Pure arithmetic on LoRA factors: A is (r, in), B is (out, r), one pair per adapted layer.
+
+Sums of products sum_k p_k B_k A_k are kept as stacked factors and re-factored through thin QR: no (out, in) product is formed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fedloom.core import Group, Sites, State, Upload
+
+
+def seed_of(*key: int | str) -> int:
+    """A 63-bit seed from a key such as (seed, t, client, purpose): any party, in any order, gets the same one.
+
+    >>> seed_of(0, 3, "client-1") == seed_of(0, 3, "client-1") != seed_of(0, 4, "client-1")
+    True
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A CPU generator made from a key: see `seed_of`."""
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+def scale(alpha: float, rank: int, rslora: bool = False) -> float:
+    """alpha / rank, or alpha / sqrt(rank) when rank-stabilised.
+
+    >>> scale(16, 8), scale(16, 4, rslora=True)
+    (2.0, 8.0)
+    """
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def init_A(sites: Sites, rank: int, rng: torch.Generator) -> Group:
+    """A (rank, in) per site, uniform in +-1/sqrt(in): Kaiming uniform with a = sqrt(5), as PEFT does."""
+    return {site: (torch.rand(rank, n, generator=rng) * 2 - 1) / math.sqrt(n) for site, (_, n) in sites.items()}
+
+
+def init_B(sites: Sites, rank: int) -> Group:
+    """B (out, rank) per site, zero."""
+    return {site: torch.zeros(m, rank) for site, (m, _) in sites.items()}
+
+
+def init(sites: Sites, rank: int, rng: torch.Generator) -> State:
+    """A uniform, B zero: the adapter that changes nothing."""
+    return {"A": init_A(sites, rank, rng), "B": init_B(sites, rank)}
+
+
+def sites_of(state: State) -> Sites:
+    """The (out, in) of every site of a state that holds full factors."""
+    return {site: (state["B"][site].shape[0], A.shape[1]) for site, A in state["A"].items()}
+
+
+def only(state: State, *roles: str) -> State:
+    """The roles named, where the state has them."""
+    return {role: state[role] for role in roles if role in state}
+
+
+def without(state: State, *roles: str) -> State:
+    """All roles but those named."""
+    return {role: group for role, group in state.items() if role not in roles}
+
+
+def mean(uploads: Iterable[Upload], *roles: str) -> State:
+    """Mean of the uploads weighted by examples, over the roles named (all of them by default). One upload is held at a time.
+
+    The running form m += (w / W)(x - m) gives back a single upload, or identical ones, bit for bit.
+    Raises ValueError if there is no upload.
+    """
+    result: State = {}
+    total = 0.0
+    for upload in uploads:
+        total += upload.client.examples
+        share = upload.client.examples / total
+        for role, group in upload.state.items():
+            if roles and role not in roles:
+                continue
+            if role not in result:
+                result[role] = {site: x.clone() for site, x in group.items()}
+                continue
+            into = result[role]
+            for site, x in group.items():
+                into[site].add_(x - into[site], alpha=share)
+    if total == 0:
+        raise ValueError("the mean of no uploads is undefined; aggregate was called without any")
+    return result
+
+
+def product_norm(B: Tensor, A: Tensor) -> Tensor:
+    """Frobenius norm of B @ A from the Gram matrices, O((out + in) r^2)."""
+    return ((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt()
+
+
+def svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD (U, S, Vh) of B @ A, never forming the product.
+
+    B is (out, R), A is (R, in); the result has min(out, in, R) triplets, the largest entry of each left vector positive.
+    O((out + in) R^2 + R^3). Raises ValueError if the R differ.
+    """
+    if B.shape[1] != A.shape[0]:
+        raise ValueError(f"B has {B.shape[1]} columns and A {A.shape[0]} rows, expected the same number")
+    Qb, Rb = torch.linalg.qr(B)
+    Qa, Ra = torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
+    U, Vh = Qb @ U, Vh @ Qa.T
+    # A triplet is determined up to its sign: fix it, so that clients see continuous factors from round to round.
+    sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
+    sign[sign == 0] = 1
+    return U * sign, S, Vh * sign.T
+
+
+class Stack:
+    """A sum of products in factored form: sum of w B A over what was added, as left (out, R) and right (R, in).
+
+    Once R would pass min(out, in) the stack is re-factored to that rank, which loses nothing: its memory stays bounded for any number of clients.
+    """
+
+    def __init__(self) -> None:
+        self._left: list[Tensor] = []
+        self._right: list[Tensor] = []
+
+    def add(self, B: Tensor, A: Tensor, weight: float = 1.0) -> None:
+        """Add weight * B @ A."""
+        self._left.append(B * weight)
+        self._right.append(A)
+        full = min(B.shape[0], A.shape[1])
+        if len(self._left) > 1 and sum(x.shape[1] for x in self._left) > 2 * full:
+            U, S, Vh = svd(*self.factors())
+            self._left, self._right = [U * S], [Vh]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """left (out, R), right (R, in)."""
+        return torch.cat(self._left, dim=1), torch.cat(self._right, dim=0)
