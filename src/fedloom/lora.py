@@ -69,29 +69,40 @@ def without(state: State, *roles: str) -> State:
     return {role: group for role, group in state.items() if role not in roles}
 
 
-def mean(uploads: Iterable[Upload], *roles: str) -> State:
-    """Mean of the uploads weighted by examples, over the roles named (all of them by default). One upload is held at a time.
+class Mean:
+    """A running weighted mean of states: one of them is held at a time.
 
-    The running form m += (w / W)(x - m) gives back a single upload, or identical ones, bit for bit.
-    Raises ValueError if there is no upload.
+    The form m += (w / W)(x - m) gives back a single state, or identical ones, bit for bit.
     """
-    result: State = {}
-    total = 0.0
-    for upload in uploads:
-        total += upload.client.examples
-        share = upload.client.examples / total
-        for role, group in upload.state.items():
-            if roles and role not in roles:
+
+    def __init__(self) -> None:
+        self.value: State = {}
+        self.weight = 0.0
+
+    def add(self, state: State, weight: float) -> None:
+        """Add one state. Weights are at least 0; only their ratios matter."""
+        self.weight += weight
+        share = weight / self.weight if self.weight else 0.0
+        for role, group in state.items():
+            if role not in self.value:
+                self.value[role] = {site: x.clone() for site, x in group.items()}
                 continue
-            if role not in result:
-                result[role] = {site: x.clone() for site, x in group.items()}
-                continue
-            into = result[role]
+            into = self.value[role]
             for site, x in group.items():
                 into[site].add_(x - into[site], alpha=share)
-    if total == 0:
+
+
+def mean(uploads: Iterable[Upload], *roles: str, uniform: bool = False) -> State:
+    """Mean over clients of the roles named, weighted by examples (or not, if `uniform`).
+
+    Raises ValueError if there is no upload.
+    """
+    result = Mean()
+    for upload in uploads:
+        result.add(only(upload.state, *roles), 1.0 if uniform else upload.client.examples)
+    if not result.weight:
         raise ValueError("the mean of no uploads is undefined; aggregate was called without any")
-    return result
+    return result.value
 
 
 def product_norm(B: Tensor, A: Tensor) -> Tensor:
@@ -120,7 +131,8 @@ def svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class Stack:
     """A sum of products in factored form: sum of w B A over what was added, as left (out, R) and right (R, in).
 
-    Once R would pass min(out, in) the stack is re-factored to that rank, which loses nothing: its memory stays bounded for any number of clients.
+    Once R passes 2 min(out, in) the stack is re-factored to min(out, in), which loses nothing: its memory stays bounded
+    for any number of clients.
     """
 
     def __init__(self) -> None:
@@ -139,3 +151,18 @@ class Stack:
     def factors(self) -> tuple[Tensor, Tensor]:
         """left (out, R), right (R, in)."""
         return torch.cat(self._left, dim=1), torch.cat(self._right, dim=0)
+
+
+def offset(left: Tensor | None, right: Tensor | None, more: Stack) -> tuple[Tensor, Tensor | None]:
+    """left @ right (left alone if `right` is None, nothing if both are) plus a stack, in whichever form is smaller.
+
+    Factors left (out, q), right (q, in) while q (out + in) < out * in, else the dense (out, in) sum and None.
+    """
+    if left is not None and right is not None:
+        more.add(left, right)
+    L, R = more.factors()
+    if left is not None and right is None:
+        return left + L @ R, None
+    if L.shape[1] * (L.shape[0] + R.shape[1]) < L.shape[0] * R.shape[1]:
+        return L, R
+    return L @ R, None
