@@ -1,0 +1,294 @@
+"""Load a pretrained model and its tokenizer through transformers, frozen, and find the layers to adapt in it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fedloom import lora
+from fedloom.core import Sites
+from fedloom.data import hub, packaged
+from fedloom.errors import ConfigError, ModelError, nearest
+
+Kind = Literal["classification", "regression", "causal-lm"]
+
+_TARGETS = {
+    "bert": ("query", "value"),
+    "roberta": ("query", "value"),
+    "xlm-roberta": ("query", "value"),
+    "electra": ("query", "value"),
+    "distilbert": ("q_lin", "v_lin"),
+    "gpt2": ("c_attn",),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "phi"), ("q_proj", "v_proj")),
+}
+"""Architecture (`config.model_type`) -> the layers that the LoRA papers adapt there. DeepSeek-LLM and SmolLM2 are `llama`."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen pretrained model, ready to be adapted."""
+
+    model: nn.Module
+    tokenizer: Any
+    path_or_id: str
+    """The directory or hub id that transformers loads it from: what an adapter names as its base."""
+    head: tuple[str, ...]
+    """Names of the task head's linear layers, trained as role `head`; none for a causal LM."""
+    family: str
+    """transformers' `model_type`: bert, roberta, llama, gpt2, ..."""
+    sha256: str
+    """Hash of the weight files."""
+
+
+def load_base(
+    name: str,
+    *,
+    kind: Kind,
+    num_labels: int = 1,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    attention: str | None = None,
+) -> Base:
+    """Load a packaged name, a local directory or a hub id for a task, frozen and in eval mode, with a padding token.
+
+    A new task head is drawn from `seed` alone; torch's global generator is left as it was. `attention` is transformers'
+    `attn_implementation`. Raises ModelError if there is no such model or it does not fit the task, HubError if it is
+    only on a hub that cannot be reached.
+    """
+    source = resolve(name)
+    known = packaged.MODELS
+    advice = packaged.absent(name) if name in known else f"Packaged models: {', '.join(known)}{nearest(name, known)}"
+    local = Path(source).is_dir()
+    with (
+        quiet(),
+        hub.access("model", source, ModelError, "" if local else advice, local),
+        torch.random.fork_rng(devices=[]),
+    ):
+        import transformers
+
+        torch.manual_seed(lora.seed_of(seed, "load"))
+        loader: Any = transformers.AutoModelForCausalLM
+        options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+        if kind != "causal-lm":
+            loader = transformers.AutoModelForSequenceClassification
+            problem = "regression" if kind == "regression" else "single_label_classification"
+            options |= {"num_labels": num_labels, "problem_type": problem, "ignore_mismatched_sizes": True}
+        if attention is not None:
+            options["attn_implementation"] = attention
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source)
+        loaded: Any = loader.from_pretrained(source, **options)
+        model, info = loaded
+        digest = packaged.sha256(name) if name in known and local else _weights_sha256(source)
+    head = tuple(head_modules(model))
+    fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    _draw(model, fresh, head, seed, name, kind)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.requires_grad_(False).eval()
+    return Base(model, tokenizer, source, head, str(model.config.model_type), digest)
+
+
+def resolve(name: str) -> str:
+    """The directory or hub id behind a model name.
+
+    A packaged name gives its directory, or the hub id of the original where its package is not installed.
+    Raises ModelError for a directory without a model, or a path that does not exist.
+    """
+    if name in packaged.MODELS:
+        files = packaged.locate(name)
+        if files is None:
+            return str(packaged.MODELS[name].hub)
+        if files[0].suffix == ".gguf":
+            from fedloom.models import gguf
+
+            with quiet():
+                return str(gguf.converted(files[0], packaged.sha256(name)))
+        return str(files[0].parent)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{name!r} is a directory without config.json, expected one that save_pretrained wrote")
+        return str(path)
+    if path.is_file():
+        raise ModelError(f"{name!r} is a file, expected a model directory: the one that has config.json in it")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
+        raise ModelError(
+            f"there is no model directory {name!r}, expected an existing one, a hub id (owner/name), or a packaged name: "
+            f"{', '.join(packaged.MODELS)}"
+        )
+    return name
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Names of the linear layers that make up the task head of a sequence-classification model; none for a causal LM.
+
+    BERT has `classifier`, RoBERTa `classifier.dense` and `classifier.out_proj`, Llama and GPT-2 `score`.
+    """
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return []
+    return [
+        name
+        for child, module in model.named_children()
+        if child != getattr(model, "base_model_prefix", "")
+        for name, layer in module.named_modules(prefix=child)
+        if isinstance(layer, nn.Linear)
+    ]
+
+
+def default_targets(model: nn.Module) -> list[str]:
+    """The layers that LoRA adapts in this architecture, as name endings.
+
+    Raises ModelError for an architecture that fedloom has no default for.
+    """
+    family = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+    if family not in _TARGETS:
+        raise ModelError(
+            f"fedloom has no default layers to adapt in a {family!r} model; set targets in [lora] to some of: "
+            f"{', '.join(_endings(model))}"
+        )
+    return list(_TARGETS[family])
+
+
+def find_sites(model: nn.Module, targets: Iterable[str]) -> Sites:
+    """The layers to adapt -> (out, in). A target matches a layer of its name, or one whose name ends in `.target`, as in PEFT.
+
+    Linear layers and GPT-2's Conv1D count; the task head and the output embedding do not. Raises ModelError for a target
+    that matches no layer.
+    """
+    layers = dict(_layers(model))
+    sites: Sites = {}
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    for target in wanted:
+        found = {name: size for name, size in layers.items() if name == target or name.endswith(f".{target}")}
+        if not found:
+            endings = _endings(model)
+            raise ModelError(
+                f"target {target!r} matches no linear layer of this {type(model).__name__}, expected some of: "
+                f"{', '.join(endings)}{nearest(target, endings)}"
+            )
+        sites |= found
+    if not sites:
+        raise ModelError(f"no layers to adapt were named, expected some of: {', '.join(_endings(model))}")
+    return {name: sites[name] for name in layers if name in sites}  # in the model's order, whatever that of the targets
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether the layer keeps its weight as (in, out), as GPT-2 does."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(layer, Conv1D)
+
+
+def check_rank(sites: Sites, rank: int) -> None:
+    """Raise ConfigError if the rank is below 1, or above a side of a layer, where it could add nothing."""
+    name, size = min(sites.items(), key=lambda item: min(item[1]))
+    if not 1 <= rank <= min(size):
+        raise ConfigError(
+            f"got rank {rank}, expected 1 to {min(size)}: layer {name!r} is {size[0]} x {size[1]}; change rank in [lora]"
+        )
+
+
+def auto_dtype(device: torch.device | str = "cpu") -> torch.dtype:
+    """bfloat16 where the processor or GPU computes in it, else float32."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif kind == "cpu":
+        fast = _cpu_has_bfloat16()
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars, load reports and advice: what matters of them is raised as an error here."""
+    hub.quiet()
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _draw(model: nn.Module, fresh: set[str], head: Sequence[str], seed: int, name: str, kind: Kind) -> None:
+    """Draw the parameters that the checkpoint does not have, in float32, each from the seed and its own name.
+
+    Only a task head and a pooler in front of it may be missing: a base with random layers must not pass for a pretrained one.
+    """
+    allowed = {f"{module}.{leaf}" for module in head for leaf in ("weight", "bias")}
+    wrong = sorted(key for key in fresh if key not in allowed and "pooler" not in key.split("."))
+    if wrong:
+        task = "a causal LM" if kind == "causal-lm" else f"a base for {kind}"
+        raise ModelError(
+            f"model {name!r} cannot be used as {task}: its files lack {len(wrong)} parameters such as {wrong[0]!r}. "
+            "Choose a model trained for this, or another kind in [task]"
+        )
+    std = float(getattr(model.config, "initializer_range", 0.02))
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for key in sorted(fresh):
+            if key.endswith("bias"):
+                parameters[key].zero_()
+            else:
+                values = torch.randn(parameters[key].shape, generator=lora.generator(seed, "head", key)) * std
+                parameters[key].copy_(values)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Adaptable layers and their (out, in), in the model's order."""
+    head = set(head_modules(model))
+    embeddings: Any = getattr(model, "get_output_embeddings", None)
+    output = None if embeddings is None else embeddings()
+    for name, layer in model.named_modules():
+        if name in head or layer is output:
+            continue
+        if isinstance(layer, nn.Linear):
+            yield name, (layer.out_features, layer.in_features)
+        elif is_conv1d(layer):
+            n, m = layer.get_parameter("weight").shape
+            yield name, (int(m), int(n))
+
+
+def _endings(model: nn.Module) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name, _ in _layers(model)})
+
+
+def _cpu_has_bfloat16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return any(word in flags for word in ("avx512_bf16", "amx_bf16"))
+
+
+def _weights_sha256(source: str) -> str:
+    """Hash of a model's weight files: of the file where there is one, of their hashes in order of name where there are more."""
+    directory = Path(source)
+    if not directory.is_dir():
+        from transformers.utils.hub import cached_file
+
+        directory = Path(str(cached_file(source, "config.json"))).parent
+    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
+    hashes = []
+    for file in files:
+        with file.open("rb") as stream:
+            hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
