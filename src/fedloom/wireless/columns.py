@@ -1,0 +1,264 @@
+"""Exact branch and bound over sets of subcarriers, priced by a Lagrangian: the `bnb` solver up to about 18 subcarriers.
+
+A column is a set of subcarriers for one device; its cap is (35). The 2^M columns of a device are tabulated once, those
+that another column with fewer subcarriers equals are dropped, and an assignment is one column a device, disjoint. With
+prices mu >= 0 on subcarriers, and the pooled gap replaced by its tangent at q0 (G is convex, so a lower bound),
+
+    L(mu, q0) = A0 + G(q0) - q0 G'(q0) - sum_m mu_m
+                + sum_k min over columns S of [ w_k min_{x <= cap(S)} (A1 e(x) + G'(q0) x^2) + sum_{m in S} mu_m ]
+
+is below every assignment's Phi. Maximised by subgradient steps (Held, Wolfe, Crowder, Math. Programming 6, 1974), it also
+says of every column what choosing it would cost at least: columns that cannot beat the incumbent go. What is left is
+enumerated if it is little, else a contested subcarrier is branched on. It is a third lower bound besides the two of the
+project's specification (the single-device bound, which is the first thing tried here, and the convex relaxation in
+`relaxation`), and the tightest: it convexifies each device's own trade-off exactly. Derived; not claimed to be the paper's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedloom.wireless.channel import Array, Rates
+from fedloom.wireless.problem import Problem
+from fedloom.wireless.search import improve, link_of, share_of, value_of
+from fedloom.wireless.solve import Bounded
+
+Sets = NDArray[np.int64]
+"""Bit m is set where subcarrier m is in the set."""
+
+MOST_SUBCARRIERS = 18  # 2^18 columns a device, 2 MB of caps each
+_ENUMERATE = 200_000  # partial assignments held at once
+
+
+@dataclass(frozen=True)
+class Node:
+    """Columns left to each device, and where the parent's prices stood."""
+
+    sets: tuple[Sets, ...]
+    caps: tuple[Array, ...]
+    prices: Array
+    """(M,)."""
+    q: float
+
+
+@dataclass(frozen=True)
+class _Dual:
+    """The best bound found in a node, with what proves it."""
+
+    lower: float
+    prices: Array
+    q: float
+    reduced: tuple[Array, ...]
+    """Per device and column: how much more than the cheapest column it costs."""
+    usage: Array
+    """(K, M) how often each device's cheapest column held each subcarrier."""
+
+
+def subset_sums(values: Array) -> Array:
+    """(2^M,) sums of `values` (M,) over all subsets, in the order of their bit patterns."""
+    out = np.zeros(1)
+    for value in values:
+        out = np.concatenate([out, out + value])
+    return out
+
+
+def root(problem: Problem) -> Node:
+    """All columns that could matter. O(K M 2^M)."""
+    link = link_of(problem)
+    sets, caps = [], []
+    every = np.arange(2**link.count, dtype=np.int64)
+    size = subset_sums(np.ones(link.count))
+    for k in range(len(problem.ids)):
+        rates = Rates(subset_sums(link.up[k]), subset_sums(link.down[k]), link.power_w[k] * size)
+        cap = problem.caps_of(rates, k)
+        useful = cap >= problem.keep_min
+        for m in range(link.count):
+            # A column is useless if it does no better than the same one without subcarrier m.
+            halves = cap.reshape(-1, 2, 2**m)
+            useful.reshape(-1, 2, 2**m)[:, 1] &= halves[:, 1] > halves[:, 0]
+        sets.append(every[useful])
+        caps.append(cap[useful])
+    return Node(tuple(sets), tuple(caps), np.zeros(link.count), -1.0)
+
+
+class ColumnBound:
+    """`bound` for `branch_and_bound` over `Node`. Points are shares (K, M)."""
+
+    def __init__(self, problem: Problem, *, tolerance: float = 1e-9, steps: int = 250) -> None:
+        self.problem = problem
+        self.tolerance = tolerance
+        self.steps = steps
+        self.count = link_of(problem).count
+        bound = problem.bound
+        # No feasible point is worth more: the cutoff while none is known.
+        self._ceiling = 1e-6 + float(
+            bound.base_error + bound.dropout_penalty * bound.penalty(problem.keep_min)
+            + bound.gap_term(np.ones(len(problem.ids)), problem.samples)
+        )  # fmt: skip
+        self._free = bound.free_rates(problem.samples, problem.keep_min)
+
+    def __call__(self, node: Node, cutoff: float) -> Bounded[Node, Array]:
+        if min(map(len, node.sets)) == 0:
+            return Bounded(np.inf)
+        fast = float(self.problem.value_of_caps(np.array([caps.max() for caps in node.caps])))
+        goal = min(cutoff, self._ceiling)
+        if fast >= goal - self.tolerance:
+            return Bounded(fast if np.isfinite(cutoff) else np.inf)
+        dual = self._dual(node, goal)
+        lower = max(fast, dual.lower)
+        if lower >= goal - self.tolerance:
+            return Bounded(lower if np.isfinite(cutoff) else np.inf)
+        left = self._without_losers(node, dual, goal)
+        if min(map(len, left.sets)) == 0:
+            return Bounded(goal - self.tolerance if np.isfinite(cutoff) else np.inf)
+        exact = self._enumerate(left, dual, goal)
+        if exact is not None:
+            return exact if np.isfinite(cutoff) or exact.point is not None else Bounded(np.inf)
+        value, share = self._repair(dual.usage)
+        return Bounded(lower, value, share, lambda: self._split(left, dual.usage))
+
+    def _dual(self, node: Node, goal: float) -> _Dual:
+        """Maximise L by subgradient steps towards `goal`; stop when it is reached."""
+        bound, w, devices = self.problem.bound, self.problem.weights, len(node.sets)
+        n = float(self.problem.samples.sum())
+        prices, q = node.prices.copy(), node.q
+        if q < 0.0:
+            keep = self.problem.best(np.array([caps.max() for caps in node.caps]))
+            q = float(w @ (keep * keep))
+        ends = np.cumsum([0, *map(len, node.sets)])
+        sets = np.concatenate(node.sets)
+        owner = np.repeat(np.arange(devices), np.diff(ends))
+        caps = np.concatenate(node.caps)
+        cost, keep, constant = self._costs(caps, owner, q, n)
+        best = _Dual(-np.inf, prices, q, (), np.zeros((devices, self.count)))
+        best_full: Array = cost
+        usage = np.zeros((devices, self.count))
+        scale, since, bits = 1.0, 0, np.arange(self.count)
+        for step in range(self.steps):
+            full = cost + subset_sums(prices)[sets]
+            chosen = np.array([a + np.argmin(full[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True)])
+            lower = constant + float(full[chosen].sum() - prices.sum())
+            holds = (sets[chosen][:, None] >> bits & 1).astype(float)
+            usage = 0.9 * usage + 0.1 * holds
+            if lower > best.lower + 1e-3 * max(0.0, goal - best.lower):
+                since = 0
+            else:
+                since += 1
+            if lower > best.lower:
+                best, best_full = _Dual(lower, prices.copy(), q, (), usage), full
+            if lower >= goal - self.tolerance:
+                break
+            if since >= 12:
+                scale, since = 0.5 * scale, 0
+                if scale < 0.02:
+                    break
+            slope = holds.sum(axis=0) - 1.0
+            slope[(prices <= 0.0) & (slope < 0.0)] = 0.0
+            norm = float(slope @ slope)
+            if bound.gap == "pooled" and step % 4 == 3:
+                q = 0.7 * q + 0.3 * float((w[owner[chosen]] * keep[chosen] ** 2).sum())
+                cost, keep, constant = self._costs(caps, owner, q, n)
+            elif norm == 0.0:
+                break
+            if norm > 0.0:
+                prices = np.maximum(0.0, prices + scale * (goal - lower) / norm * slope)
+        full = best_full
+        reduced = tuple(full[a:b] - full[a:b].min() for a, b in zip(ends[:-1], ends[1:], strict=True))
+        return _Dual(best.lower, best.prices, best.q, reduced, usage)
+
+    def _costs(self, caps: Array, owner: NDArray[np.intp], q: float, n: float) -> tuple[Array, Array, float]:
+        """Cost and rate of each column, and the constant of L, with the pooled gap's tangent at q."""
+        bound, low, weight = self.problem.bound, self.problem.keep_min, self.problem.weights[owner]
+        if bound.gap == "per_device":
+            keep = np.minimum(caps, self._free[owner])
+            own = bound.dropout_penalty * bound.penalty(keep) + bound.gap_at(keep * keep, self.problem.samples[owner])
+            return weight * own, keep, bound.base_error
+        slope = float(bound.gap_slope(q, n))
+        keep = np.clip(np.minimum(caps, _tangent_rate(bound.empirical, bound.dropout_penalty / slope)), low, 1.0)
+        own = bound.dropout_penalty * bound.penalty(keep) + slope * keep * keep
+        return weight * own, keep, float(bound.base_error + bound.gap_at(q, n) - slope * q)
+
+    def _without_losers(self, node: Node, dual: _Dual, goal: float) -> Node:
+        """Columns whose choice alone lifts the bound past the goal are dropped."""
+        room = goal - self.tolerance - dual.lower
+        picks = [reduced < room for reduced in dual.reduced]
+        return Node(
+            tuple(sets[pick] for sets, pick in zip(node.sets, picks, strict=True)),
+            tuple(caps[pick] for caps, pick in zip(node.caps, picks, strict=True)),
+            dual.prices,
+            dual.q,
+        )
+
+    def _enumerate(self, left: Node, dual: _Dual, goal: float) -> Bounded[Node, Array] | None:
+        """All disjoint choices that may beat the goal, if they are few: the node's optimum. None if they are too many."""
+        room = goal - self.tolerance - dual.lower
+        reduced = [extra[extra < room] for extra in dual.reduced]
+        order = sorted(range(len(left.sets)), key=lambda k: len(left.sets[k]))
+        taken, extra = np.zeros(1, dtype=np.int64), np.zeros(1)
+        picks = np.zeros((1, 0), dtype=np.intp)
+        for k in order:
+            # Prices of subcarriers that nobody takes are lost, which only raises the true value: extra stays a bound.
+            if len(taken) * len(left.sets[k]) > 20 * _ENUMERATE:
+                return None
+            fits = ((taken[:, None] & left.sets[k]) == 0) & (extra[:, None] + reduced[k] < room)
+            row, column = np.nonzero(fits)
+            if len(row) > _ENUMERATE:
+                return None
+            taken, extra = taken[row] | left.sets[k][column], extra[row] + reduced[k][column]
+            picks = np.column_stack([picks[row], column])
+        if not len(taken):
+            return Bounded(goal - self.tolerance)
+        caps = np.empty((len(taken), len(order)))
+        for position, k in enumerate(order):
+            caps[:, k] = left.caps[k][picks[:, position]]
+        values = self.problem.value_of_caps(caps)
+        at = int(np.argmin(values))
+        value = float(values[at])
+        share = np.zeros((len(order), self.count))
+        for position, k in enumerate(order):
+            share[k] = left.sets[k][picks[at, position]] >> np.arange(self.count) & 1
+        # Choices left out are worth at least goal - tolerance.
+        return Bounded(min(value, goal - self.tolerance), value, share)
+
+    def _repair(self, usage: Array) -> tuple[float, Array]:
+        owners = np.where(usage.max(axis=0) > 0.05, np.argmax(usage, axis=0), -1)
+        owners = improve(self.problem, owners, max_moves=3 * self.count)
+        return value_of(self.problem, owners), share_of(owners, len(self.problem.ids))
+
+    def _split(self, left: Node, usage: Array) -> Sequence[Node]:
+        """(k, m) nearest to one half: the nodes where device k holds subcarrier m, and where it does not."""
+        open_pairs = np.zeros(usage.shape, dtype=bool)
+        for k, sets in enumerate(left.sets):
+            held = (sets[:, None] >> np.arange(self.count) & 1).astype(bool)
+            open_pairs[k] = held.any(axis=0) & ~held.all(axis=0)
+        if not open_pairs.any():
+            return ()
+        k, m = np.unravel_index(np.argmin(np.where(open_pairs, np.abs(usage - 0.5), np.inf)), usage.shape)
+        children = []
+        for yes in (True, False):
+            picks = [
+                (sets >> m & 1).astype(bool) == (yes if j == k else False) if yes or j == k else np.ones(len(sets), bool)
+                for j, sets in enumerate(left.sets)
+            ]
+            children.append(
+                Node(
+                    tuple(sets[pick] for sets, pick in zip(left.sets, picks, strict=True)),
+                    tuple(caps[pick] for caps, pick in zip(left.caps, picks, strict=True)),
+                    left.prices,
+                    left.q,
+                )
+            )
+        return children
+
+
+def _tangent_rate(empirical: str, ratio: float) -> float:
+    """argmin over x of e(x) + x^2 / ratio without caps; with `sparsity` an end of the interval."""
+    if empirical == "linear":
+        return 0.5 * ratio
+    if empirical == "rescaled":
+        return float((0.5 * ratio) ** (1.0 / 3.0))
+    return 1.0 if ratio > 1.0 else 0.0
