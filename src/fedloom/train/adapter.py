@@ -1,0 +1,183 @@
+"""LoRA and head layers that hold K clients at once over one frozen layer. Hu et al., "LoRA", arXiv 2106.09685.
+
+            x (K * b, L, in), the rows of client 0, then those of client 1, ...
+            │
+            ├──────────── W, bias (frozen, read once for all clients) ───────────► + ──► y (K * b, L, out)
+            ├──────────── right (q, in) ──► left (out, q)   (shared offset) ─────► +
+            └─ dropout ── A (K, r, in) ──► * scale (K, 1, 1) ──► B (K, out, r) ──► +
+
+One client is K = 1: there is no other path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedloom.core import Sites
+from fedloom.errors import ModelError, nearest
+
+Offset = tuple[Tensor, Tensor | None]
+"""left (out, q) and right (q, in), or a dense (out, in) and None: what is added to a frozen weight."""
+
+Dropout = Callable[[str, Tensor], Tensor]
+"""(site, x) -> x with some inputs of the adapter dropped."""
+
+
+class Delta(NamedTuple):
+    """What K clients add to one frozen layer."""
+
+    A: Tensor  # (K, r, in)
+    B: Tensor  # (K, out, r)
+    scale: Tensor  # (K, 1, 1)
+
+
+class LoRALinear(nn.Module):
+    """One frozen layer and the adapters of K clients beside it: base(x) + offset(x) + scale B A x, each client on its rows."""
+
+    def __init__(self, site: str, base: nn.Module) -> None:
+        super().__init__()
+        self.site = site
+        self.base = base
+        self.out_features, self.in_features = shape_of(base)
+        self.offset: Offset | None = None
+        self.delta: Delta | None = None
+        self.dropout: Dropout | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight: some models look at its dtype."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (K * b, ..., in) -> (K * b, ..., out)."""
+        y: Tensor = self.base(x)
+        if self.offset is not None:
+            left, right = self.offset
+            y = y + (x if right is None else x @ right.T) @ left.T
+        if self.delta is None:
+            return y
+        A, B, scale = self.delta
+        if self.dropout is not None:
+            x = self.dropout(self.site, x)
+        K = A.shape[0]
+        h = torch.bmm(x.reshape(K, -1, self.in_features), A.transpose(1, 2)) * scale
+        return torch.baddbmm(y.reshape(K, -1, self.out_features), h, B.transpose(1, 2)).view(y.shape)
+
+
+class HeadLinear(nn.Module):
+    """A layer of the task head, trained whole: weight (K, out, in) and bias (K, out) stand in for the model's own."""
+
+    def __init__(self, site: str, base: nn.Linear) -> None:
+        super().__init__()
+        self.site = site
+        self.base = base
+        self.full: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The model's own weight: some models look at its dtype."""
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (K * b, ..., in) -> (K * b, ..., out)."""
+        if self.full is None:
+            y: Tensor = self.base(x)
+            return y
+        weight, bias = self.full
+        K, out, _ = weight.shape
+        rows = x.reshape(K, -1, x.shape[-1])
+        if bias is None:
+            y = torch.bmm(rows, weight.transpose(1, 2))
+        else:
+            y = torch.baddbmm(bias.unsqueeze(1), rows, weight.transpose(1, 2))
+        return y.view(*x.shape[:-1], out)
+
+
+def shape_of(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer; GPT-2's Conv1D keeps its weight the other way round. Raises ModelError otherwise."""
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    raise ModelError(
+        f"a layer to adapt is a {type(layer).__name__}, expected nn.Linear or Conv1D: name linear layers in targets"
+    )
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model whose layers were replaced in place; `eject` undoes it."""
+
+    model: nn.Module
+    sites: dict[str, LoRALinear]
+    heads: dict[str, HeadLinear]
+
+    def clear(self) -> None:
+        """Take off every adapter, offset and head: the model is the original function again."""
+        for site in self.sites.values():
+            site.delta = site.offset = site.dropout = None
+        for head in self.heads.values():
+            head.full = None
+
+    def eject(self) -> None:
+        """Put the original modules back."""
+        for layers in (self.sites, self.heads):
+            for name, layer in layers.items():
+                _replace(self.model, name, layer, layer.base)
+
+
+def inject(model: nn.Module, sites: Iterable[str], heads: Iterable[str] = ()) -> Adapted:
+    """Replace the layers named by `sites` with `LoRALinear` and those under the names in `heads` with `HeadLinear`, in place.
+
+    A head's name may be that of a block of several layers (RoBERTa's). Raises ModelError for a name that is no layer, or
+    for a layer of another kind than nn.Linear and Conv1D.
+    """
+    modules = dict(model.named_modules())
+    found: list[tuple[str, nn.Module]] = []
+    for name in sites:
+        if name not in modules:
+            raise ModelError(f"the model has no layer {name!r}{nearest(name, modules)}: see targets in [lora]")
+        shape_of(modules[name])
+        found.append((name, modules[name]))
+    tops: list[tuple[str, nn.Linear]] = []
+    for name in heads:
+        inside = [
+            (path, module)
+            for path, module in modules.items()
+            if (path == name or path.startswith(f"{name}.")) and isinstance(module, nn.Linear)
+        ]
+        if not inside:
+            raise ModelError(f"the model has no linear head {name!r}{nearest(name, modules)}")
+        tops += inside
+    adapted = Adapted(
+        model,
+        {name: LoRALinear(name, base) for name, base in found},
+        {name: HeadLinear(name, base) for name, base in tops},
+    )
+    for name, layer in adapted.sites.items():
+        _replace(model, name, layer.base, layer)
+    for name, head in adapted.heads.items():
+        _replace(model, name, head.base, head)
+    return adapted
+
+
+def sites_of(model: nn.Module, names: Iterable[str]) -> Sites:
+    """The (out, in) of the layers named. Raises ModelError as `inject` does."""
+    modules = dict(model.named_modules())
+    return {name: shape_of(modules[name]) for name in names}
+
+
+def _replace(model: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    holder = model.get_submodule(parent)
+    if getattr(holder, child) is not old:
+        raise ModelError(f"layer {name!r} was replaced by something else in the meantime")
+    setattr(holder, child, new)

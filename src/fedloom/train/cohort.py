@@ -1,0 +1,161 @@
+"""One pass of K clients: their leaves in one (K, P) tensor, their rows end to end in one batch, one optimiser for all.
+
+    leaf (K, P) ──adapter──► A, B, head ──► model ──► one loss per client ──► gradient (K, P) ──clip──► optimiser
+
+Clients come sorted by their number of batches, most first, so those still training at a step are the first rows of every
+tensor: a finished client stands still and costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedloom.core import Client, Group, Method, State, Work
+from fedloom.data.text import Batch, Encoded, collate
+from fedloom.train.dropout import InputDropout
+from fedloom.train.host import Host
+from fedloom.train.loss import client_losses
+from fedloom.train.optim import SGD, AdamW, Settings, clip_, schedule_factor
+from fedloom.train.stack import Factors, Views, pack, pad_stack
+
+Plan = list[NDArray[np.int64]]
+"""The batches of one client: row indices."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One client of a pass."""
+
+    client: Client
+    work: Work
+    data: Encoded
+    plan: Plan
+
+
+def run(
+    host: Host, method: Method, members: Sequence[Member], settings: Settings, t: int
+) -> list[tuple[State, dict[str, float]]]:
+    """Train the members together; what each trained, on the CPU, and its metrics. Members come with most batches first."""
+    dtype = state_dtype([m.work for m in members])
+    compute = host.ready(dtype, members[0].work.base, [m.data for m in members])
+    host.train(settings.base_dropout, settings.checkpointing)
+    layout, flat = pack([m.work.train for m in members], dtype, host.device)
+    fixed = [moved(m.work.fixed, dtype, host.device) for m in members]
+    factors = Factors(method, layout, fixed)
+    fixed_head = stacked_heads(fixed, compute)
+    scale = torch.tensor([m.work.scale for m in members], dtype=compute, device=host.device).view(-1, 1, 1)
+    penalised = type(method).penalty is not Method.penalty
+    optimiser = (
+        AdamW(flat, settings.weight_decay)
+        if settings.optimizer == "adamw"
+        else SGD(flat, settings.weight_decay, settings.momentum)
+    )
+    record = Record(members, flat)
+    for step in range(len(members[0].plan)):
+        active = [m for m in members if step < len(m.plan)]
+        K = len(active)
+        cpu_batch = collate([(m.data, m.plan[step]) for m in active])
+        batch = cpu_batch.to(host.device)
+        leaf = flat[:K].detach().requires_grad_()
+        A, B, views = factors(leaf, compute)
+        head = heads(views, fixed_head, K)
+        host.put(A, B, scale[:K], head, _dropout(settings, t, step, active))
+        losses = client_losses(active[0].data.kind, host.logits(batch, active[0].data.kind), batch)
+        if penalised:
+            own = layout.states(layout.views(leaf), K)
+            terms = [method.penalty(state, f) for state, f in zip(own, fixed, strict=False)]
+            losses = losses + torch.stack([losses.new_zeros(()) if x is None else x.to(losses.dtype) for x in terms])
+        (grad,) = torch.autograd.grad(losses.sum(), leaf)
+        norms = clip_(grad, settings.clip)
+        rates = [
+            settings.lr * m.work.lr * schedule_factor(settings.schedule, step, len(m.plan), settings.warmup)
+            for m in active
+        ]
+        optimiser.step(grad, torch.tensor(rates, dtype=dtype, device=host.device).unsqueeze(1))
+        record.add(losses.detach(), norms, cpu_batch)
+    trained = layout.states(layout.views(flat.cpu()), len(members))
+    # Clones: a slice of the stack would keep the whole stack alive.
+    own_copies: list[State] = [
+        {role: {site: x.clone() for site, x in group.items()} for role, group in state.items()} for state in trained
+    ]
+    return list(zip(own_copies, record.metrics(), strict=True))
+
+
+class Record:
+    """What happened to each client, gathered without waiting for the device."""
+
+    def __init__(self, members: Sequence[Member], flat: Tensor) -> None:
+        self._members = members
+        self._loss = torch.zeros(3, len(members), dtype=torch.float64, device=flat.device)  # sum, maximum, norm
+        self._loss[1] = -torch.inf
+        self._tokens = torch.zeros(len(members), dtype=torch.float64)
+
+    def add(self, losses: Tensor, norms: Tensor, batch: Batch) -> None:
+        """losses (K,), norms (K,) of the gradients, the batch on the CPU."""
+        K = len(losses)
+        self._loss[0, :K] += losses
+        self._loss[1, :K] = torch.maximum(self._loss[1, :K], losses.double())
+        self._loss[2, :K] = torch.maximum(self._loss[2, :K], norms.double())
+        real = batch.attention_mask.sum(1) * batch.weight
+        self._tokens[:K] += real.view(batch.K, batch.b).sum(1)
+
+    def metrics(self) -> list[dict[str, float]]:
+        """One dictionary per client: loss (mean over the steps), loss_max, grad_norm_max, steps, samples, tokens."""
+        sums, largest, norms = self._loss.tolist()
+        return [
+            {
+                "loss": sums[k] / len(m.plan),
+                "loss_max": largest[k],
+                "grad_norm_max": norms[k],
+                "steps": float(len(m.plan)),
+                "samples": float(sum(map(len, m.plan))),
+                "tokens": float(self._tokens[k]),
+            }
+            for k, m in enumerate(self._members)
+        ]
+
+
+def heads(views: Views, fixed: Mapping[str, Tensor], K: int) -> Group:
+    """The stacked head parameters (K, *shape) of the first K clients: trained, or else fixed."""
+    return {name: x[:K] for name, x in fixed.items()} | {s: x for (role, s), x in views.items() if role == "head"}
+
+
+def stacked_heads(fixed: Sequence[State], dtype: torch.dtype) -> Group:
+    """The heads that are not trained, stacked (K, *shape)."""
+    names = fixed[0].get("head", {})
+    return {name: pad_stack([state["head"][name] for state in fixed]).to(dtype) for name in names}
+
+
+def state_dtype(works: Sequence[Work]) -> torch.dtype:
+    """float64 if anything to train is, else float32."""
+    found = {x.dtype for work in works for group in work.train.values() for x in group.values()}
+    return torch.float64 if torch.float64 in found else torch.float32
+
+
+def moved(state: State, dtype: torch.dtype, device: torch.device) -> State:
+    """The state on a device, its floating-point tensors in `dtype` (indices stay integers)."""
+    return {
+        role: {site: x.to(device, dtype if x.is_floating_point() else None) for site, x in group.items()}
+        for role, group in state.items()
+    }
+
+
+def _dropout(settings: Settings, t: int, step: int, active: Sequence[Member]) -> InputDropout | None:
+    if not settings.dropout:
+        return None
+    plans = [(m.data.lengths[m.plan[step]], m.client.id) for m in active]
+    return InputDropout(
+        settings.dropout,
+        settings.seed,
+        t,
+        step,
+        [client for _, client in plans],
+        [len(lengths) for lengths, _ in plans],
+        [int(lengths.max()) for lengths, _ in plans],
+    )

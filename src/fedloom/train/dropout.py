@@ -1,0 +1,38 @@
+"""Dropout on the adapters' inputs, drawn per (seed, t, client, step, site): what a client drops does not depend on who trains
+beside it, nor on how far its batch was padded. Hu et al., "LoRA", arXiv 2106.09685, as PEFT's `lora_dropout`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedloom import lora
+
+
+@dataclass(frozen=True)
+class InputDropout:
+    """The masks of one step of K clients."""
+
+    p: float
+    seed: int
+    t: int
+    step: int
+    clients: Sequence[str]
+    """(K,) ids."""
+    rows: Sequence[int]
+    """(K,) rows of data in each client's batch; those after them are fillers."""
+    lengths: Sequence[int]
+    """(K,) tokens of each client's longest row; those after them are padding."""
+
+    def __call__(self, site: str, x: Tensor) -> Tensor:
+        """x (K * b, L, in) or (K * b, in) with a share p of the real inputs at zero and the others scaled by 1 / (1 - p)."""
+        K, b = len(self.clients), x.shape[0] // len(self.clients)
+        mask = torch.ones(K, b, *x.shape[1:], dtype=x.dtype)
+        for k, client in enumerate(self.clients):
+            shape = (self.rows[k], *((self.lengths[k],) if x.ndim == 3 else ()), x.shape[-1])
+            draw = torch.rand(shape, generator=lora.generator(self.seed, self.t, client, self.step, site, "dropout"))
+            mask[k][tuple(slice(0, n) for n in shape)] = (draw >= self.p).to(x.dtype) / (1.0 - self.p)
+        return x * mask.view(x.shape).to(x.device)

@@ -1,0 +1,142 @@
+"""The one frozen model that every client shares: cast, moved and adapted in place, then called on batches of K clients."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fedloom.core import Group
+from fedloom.data.text import Batch, Encoded, Kind
+from fedloom.errors import ModelError
+from fedloom.train.adapter import Delta, Dropout, Offset, inject
+from fedloom.train.attention import AttentionName, choose
+from fedloom.train.loss import AnswersOnly, answer_positions
+
+
+class Host:
+    """A model that makes room for adapters. It owns the model until `close`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Iterable[str],
+        heads: Iterable[str],
+        device: torch.device,
+        dtype: torch.dtype,
+        attention: AttentionName | Literal["auto"],
+    ) -> None:
+        self.model = model.to(device).requires_grad_(False).eval()
+        self.device = device
+        self._dtype = dtype
+        self._attention = attention
+        self._adapted = inject(model, sites, heads)
+        # transformers' blocks carry their switches as attributes that no type declares: hence Any.
+        self._blocks: list[Any] = [
+            module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+        ]
+        self._accepted = inspect.signature(model.forward).parameters
+
+    def close(self) -> None:
+        """Put the model's own layers back."""
+        self.rest()
+        self._adapted.eject()
+
+    def rest(self) -> None:
+        """Take everything off the model: no adapter, no training mode."""
+        self._adapted.clear()
+        self.model.eval()
+        for block in self._blocks:
+            block.gradient_checkpointing = False
+
+    def ready(self, state_dtype: torch.dtype, offset: Mapping[str, Group], data: Sequence[Encoded]) -> torch.dtype:
+        """Cast the model, choose its attention for rows as long as those of `data` and add an offset to its weights.
+
+        `offset` has the roles of `Work.base`. Returns the dtype to compute in: float64 for states of float64.
+        """
+        self.rest()
+        compute = torch.float64 if state_dtype == torch.float64 else self._dtype
+        for parameter in self.model.parameters():
+            # Parameters only: buffers such as rotary frequencies keep the precision that the model gave them.
+            if parameter.is_floating_point() and parameter.dtype != compute:
+                parameter.data = parameter.data.to(compute)
+        self._attend(compute, data)
+        for site, factors in self._offsets(offset, compute).items():
+            self._adapted.sites[site].offset = factors
+        return compute
+
+    def put(
+        self,
+        A: Mapping[str, Tensor],
+        B: Mapping[str, Tensor],
+        scale: Tensor,
+        head: Mapping[str, Tensor],
+        dropout: Dropout | None = None,
+    ) -> None:
+        """Give the model the adapters A (K, r, in), B (K, out, r), scale (K, 1, 1) and heads (K, *shape) of K clients.
+
+        A head is named by parameter, such as `classifier.weight`. A site or head that is absent stays the model's own.
+        """
+        for site, layer in self._adapted.sites.items():
+            layer.delta = Delta(A[site], B[site], scale) if site in A else None
+            layer.dropout = dropout
+        for site, full in self._adapted.heads.items():
+            weight = head.get(f"{site}.weight")
+            full.full = None if weight is None else (weight, head.get(f"{site}.bias"))
+
+    def train(self, base_dropout: bool, checkpointing: bool) -> None:
+        """Training mode: the base stays in evaluation mode unless its own dropout is asked for.
+
+        Raises ModelError if the model has no blocks whose activations can be recomputed.
+        """
+        self.model.train(base_dropout)
+        if not checkpointing:
+            return
+        if not self._blocks:
+            raise ModelError(f"{type(self.model).__name__} cannot recompute activations: set checkpointing = false")
+        for block in self._blocks:
+            # transformers recomputes only blocks in training mode. The flag is set on the block alone, not through
+            # train(): what is inside, dropout above all, stays as it was.
+            block.gradient_checkpointing = block.training = True
+            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+    def logits(self, batch: Batch, kind: Kind) -> Tensor:
+        """Logits (K * b, classes), or (N, vocabulary) for the N positions of `answer_positions` of a causal LM."""
+        arguments: dict[str, object] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if batch.token_type_ids is not None:
+            arguments["token_type_ids"] = batch.token_type_ids
+        if "use_cache" in self._accepted:
+            arguments["use_cache"] = False
+        if kind != "causal-lm":
+            logits: Tensor = self.model(**arguments).logits
+            return logits
+        with AnswersOnly(self.model, answer_positions(batch)[0]):
+            answers: Tensor = self.model(**arguments).logits
+        return answers.squeeze(0)
+
+    def _attend(self, compute: torch.dtype, data: Sequence[Encoded]) -> None:
+        name = self._attention
+        if name == "auto":
+            tokens, rows = sum(len(d.tokens) for d in data), sum(len(d) for d in data)
+            name = choose(self.device, compute, tokens // max(1, rows))
+        # Plain modules have no attention of transformers' to choose.
+        choice = getattr(self.model, "set_attn_implementation", None)
+        if choice is not None and getattr(self.model.config, "_attn_implementation", None) != name:
+            choice(name)
+
+    def _offsets(self, offset: Mapping[str, Group], dtype: torch.dtype) -> dict[str, Offset]:
+        left, right = offset.get("left", {}), offset.get("right", {})
+        found: dict[str, Offset] = {}
+        for site, x in left.items():
+            x = x.to(self.device, dtype if site not in right else None)
+            y = right[site].to(self.device) if site in right else None
+            if y is not None and x.shape[1] * (x.shape[0] + y.shape[1]) > x.shape[0] * y.shape[1]:
+                x, y = x @ y, None  # so many ranks that the dense offset is less work
+            found[site] = (x.to(dtype), None if y is None else y.to(dtype))
+        return found

@@ -1,0 +1,211 @@
+"""Local training and evaluation of clients: the only place where a model, data and gradients meet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedloom import lora
+from fedloom.core import Client, Method, State, Work
+from fedloom.data.text import Encoded, collate, schedule
+from fedloom.train import cohort
+from fedloom.train.attention import AttentionName
+from fedloom.train.host import Host
+from fedloom.train.loss import summed_losses
+from fedloom.train.optim import Settings
+from fedloom.train.stack import Factors, pack
+
+Trained = tuple[State, dict[str, float]]
+"""What a client trained, and its metrics: loss (mean over the steps), loss_max, grad_norm_max, steps, samples, tokens."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model said about one data set, in the order of its rows."""
+
+    loss: float
+    """Mean over the rows, or over the answer tokens of a causal LM (its exponential is the perplexity)."""
+    count: int
+    """Rows, or answer tokens, that the loss is a mean of."""
+    logits: Tensor | None = None
+    """(n, classes); None for a causal LM."""
+    predictions: Tensor | None = None
+    """(n,) class index or value; None for a causal LM."""
+
+
+class Trainer:
+    """Trains and evaluates clients on one model, which it owns until `close`: frozen, cast, moved and adapted in place."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Iterable[str],
+        heads: Iterable[str] = (),
+        *,
+        settings: Settings | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        attention: AttentionName | Literal["auto"] = "auto",
+    ) -> None:
+        """`sites` are the layers that get an adapter, `heads` those trained whole, both names of modules.
+
+        `dtype` is that of the frozen base. What is trained is float32 always, or float64 where a state is, and then
+        everything computes in float64. Raises ModelError for a name that is no linear layer.
+        """
+        self.settings = settings if settings is not None else Settings()
+        self._host = Host(model, sites, heads, torch.device(device), dtype, attention)
+
+    def close(self) -> None:
+        """Give the model back with its own layers in place."""
+        self._host.close()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def fit(
+        self, method: Method, works: Sequence[tuple[Client, Work]], data: Sequence[Encoded], t: int
+    ) -> list[Trained]:
+        """Train each client on its data in round t, together where their works have the same roles, sites and base.
+
+        Results are in the order of `works`, tensors on the CPU in float32 (float64 where the state was). Nothing that is
+        handed in is changed. A client's result does not depend on the others, up to the order of floating-point sums.
+        """
+        s = self.settings
+        epochs = 1 if s.steps is None and s.epochs is None else s.epochs
+        passes: dict[object, list[tuple[int, cohort.Member]]] = {}
+        for i, ((client, work), encoded) in enumerate(zip(works, data, strict=True)):
+            plan = schedule(encoded.lengths, s.batch_size, (s.seed, t, client.id), steps=s.steps, epochs=epochs)
+            member = cohort.Member(client, work, encoded, plan)
+            passes.setdefault(_kin(work, encoded), []).append((i, member))
+        results: dict[int, Trained] = {}
+        for members in passes.values():
+            members.sort(key=lambda pair: -len(pair[1].plan))
+            results.update(
+                zip([i for i, _ in members], self._together(method, [m for _, m in members], t), strict=True)
+            )
+        return [results[i] for i in range(len(results))]
+
+    def _together(self, method: Method, members: Sequence[cohort.Member], t: int) -> list[Trained]:
+        with torch.random.fork_rng(enabled=self.settings.base_dropout):
+            if self.settings.base_dropout:
+                torch.manual_seed(lora.seed_of(self.settings.seed, t, *(m.client.id for m in members), "base dropout"))
+            try:
+                return cohort.run(self._host, method, members, self.settings, t)
+            finally:
+                self._host.rest()
+
+    def evaluate(self, method: Method, work: Work, data: Encoded, batch_size: int | None = None) -> Evaluation:
+        """Loss and predictions, row by row, of the model that `work` describes."""
+        rows = np.argsort(data.lengths, kind="stable")
+        size = batch_size or 8 * self.settings.batch_size
+        total, count = 0.0, 0.0
+        found: list[Tensor] = []
+        with torch.inference_mode(), self.loaded(method, work, data):
+            for first in range(0, len(rows), size):
+                batch = collate([(data, rows[first : first + size])]).to(self._host.device)
+                logits = self._host.logits(batch, data.kind)
+                sums, counts = summed_losses(data.kind, logits, batch)
+                total, count = total + float(sums), count + float(counts)
+                if data.kind != "causal-lm":
+                    found.append(logits.to(torch.promote_types(logits.dtype, torch.float32)).cpu())
+        loss = total / count if count else math.nan
+        if not found:
+            return Evaluation(loss, int(count))
+        sorted_logits = torch.cat(found)
+        logits = torch.empty_like(sorted_logits).index_copy_(0, torch.from_numpy(rows), sorted_logits)
+        predictions = logits.argmax(1) if data.kind == "classification" else logits.squeeze(1)
+        return Evaluation(loss, int(count), logits, predictions)
+
+    def generate(
+        self, method: Method, work: Work, data: Encoded, max_new_tokens: int = 64, batch_size: int | None = None
+    ) -> list[list[int]]:
+        """The greedy answer to each row's prompt (its tokens before `starts`), without the end token, in row order."""
+        if data.starts is None:
+            raise ValueError(f"answers are generated by a causal LM, got data of kind {data.kind!r}")
+        size = batch_size or 8 * self.settings.batch_size
+        rows = np.argsort(data.starts, kind="stable")
+        answers: dict[int, list[int]] = {}
+        with torch.inference_mode(), self.loaded(method, work, data) as model:
+            for first in range(0, len(rows), size):
+                chosen = rows[first : first + size]
+                answers.update(zip(chosen.tolist(), _greedy(model, data, chosen, max_new_tokens), strict=True))
+        return [answers[i] for i in range(len(data))]
+
+    def loaded(self, method: Method, work: Work, data: Encoded) -> Loaded:
+        """The model as one client's `work` describes it, for the length of a `with` block.
+
+        `data` is only looked at for the length of its rows.
+        """
+        return Loaded(self._host, method, work, data)
+
+
+class Loaded:
+    """A context that holds one client's adapter, head and offset on the model, as constants."""
+
+    def __init__(self, host: Host, method: Method, work: Work, data: Encoded) -> None:
+        self._host, self._method, self._work, self._data = host, method, work, data
+
+    def __enter__(self) -> nn.Module:
+        host, work = self._host, self._work
+        dtype = cohort.state_dtype([work])
+        compute = host.ready(dtype, work.base, [self._data])
+        layout, flat = pack([work.train], dtype, host.device)
+        fixed = [cohort.moved(work.fixed, dtype, host.device)]
+        A, B, views = Factors(self._method, layout, fixed)(flat, compute)
+        scale = torch.full((1, 1, 1), work.scale, dtype=compute, device=host.device)
+        host.put(A, B, scale, cohort.heads(views, cohort.stacked_heads(fixed, compute), 1))
+        return host.model
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._host.rest()
+
+
+def _kin(work: Work, data: Encoded) -> object:
+    """Works that are equal here can train in one pass."""
+    roles = tuple(sorted((role, site) for role, group in work.train.items() for site in group))
+    fixed = tuple(sorted((role, site) for role, group in work.fixed.items() for site in group))
+    base = tuple(sorted((role, site, id(x)) for role, group in work.base.items() for site, x in group.items()))
+    return roles, fixed, base, cohort.state_dtype([work]), data.kind
+
+
+def _greedy(model: nn.Module, data: Encoded, rows: NDArray[np.int64], max_new_tokens: int) -> list[list[int]]:
+    """Generate from the prompts of some rows, padded on the left."""
+    assert data.starts is not None
+    device = next(model.parameters()).device
+    prompts = [data.tokens[first : first + n] for first, n in zip(data.offsets[rows], data.starts[rows], strict=True)]
+    L = max(map(len, prompts))
+    ids = torch.full((len(rows), L), data.pad_id)
+    mask = torch.zeros(len(rows), L, dtype=torch.int64)
+    for i, prompt in enumerate(prompts):
+        ids[i, L - len(prompt) :] = torch.from_numpy(prompt)
+        mask[i, L - len(prompt) :] = 1
+    # transformers' generation mixin is unknown to the type of nn.Module.
+    made: Tensor = getattr(model, "generate")(  # noqa: B009
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=data.pad_id,
+    )
+    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = {end} if isinstance(end, int) else set(end or ())
+    answers: list[list[int]] = []
+    for row in made[:, L:].tolist():
+        stop = next((i for i, token in enumerate(row) if token in ends), len(row))
+        answers.append(row[:stop])
+    return answers
