@@ -1,0 +1,249 @@
+"""The run file: TOML plus dotted overrides, checked by pydantic; unknown keys are refused with the nearest known one."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from fedloom.errors import ConfigError, nearest
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSection(_Section):
+    """[model]"""
+
+    name: str
+    """Packaged name ("minilm", "smollm2"), local directory, or hub id."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen base; adapters are float32. `auto`: bfloat16 where the processor or GPU has it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+
+class TaskSection(_Section):
+    """[task]"""
+
+    kind: Literal["classification", "regression", "causal-lm"] = "classification"
+    data: str
+    """Packaged name ("trec", ...), hub id, or .jsonl/.csv/.parquet file."""
+    eval_data: str | None = None
+    """As `data`; by default a seeded hold-out of it (a GLUE task's own validation split)."""
+    proxy_data: str | None = None
+    """Rows that the server owns, for methods that train there."""
+    text: list[str] | None = None
+    """One or two columns; by default `text` or `sentence`."""
+    label: str = "label"
+    prompt: str = "prompt"
+    response: str = "response"
+    template: str = "plain"
+    """Around the prompt: "plain", "question", "alpaca", "chat", or a text with {prompt} in it."""
+    max_length: int = Field(128, ge=2)
+    """Tokens a row."""
+    holdout: float = Field(0.1, gt=0, lt=1)
+    """Share of the rows held out when there is no eval_data."""
+    limit: int | None = Field(None, ge=1)
+    """Use so many training rows at most."""
+    eval_limit: int | None = Field(None, ge=1)
+    metrics: list[str] | None = None
+    max_new_tokens: int = Field(32, ge=1)
+    """For metrics of a causal LM that need an answer (exact_match, rouge_l)."""
+
+
+class LoraSection(_Section):
+    """[lora]"""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    targets: Literal["auto"] | list[str] = "auto"
+    rslora: bool = False
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """On the adapters' inputs."""
+
+
+class ClientsSection(_Section):
+    """[clients]"""
+
+    count: int = Field(4, ge=1)
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Sampled each round."""
+    partition: Literal["iid", "dirichlet", "pathological", "by-field", "by-length"] = "iid"
+    alpha: float = Field(0.5, gt=0)
+    """Of the Dirichlet law: smaller is more skewed."""
+    field: str | None = None
+    """The column that a by-field partition follows."""
+    classes_per_client: int = Field(2, ge=1)
+    """Of a pathological partition."""
+    ranks: int | list[int] | None = None
+    """Cycled over the clients; by default lora.rank."""
+    keep: float | list[float] | str = 1.0
+    """Cycled over the clients, or the file of an allocation."""
+    max_norm: float | None = Field(None, gt=0)
+    """Drop an upload whose norm is larger."""
+
+
+class MethodSection(BaseModel):
+    """[method]: a name and that method's own fields."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+    name: str
+
+
+class TrainSection(_Section):
+    """[train]"""
+
+    rounds: int = Field(5, ge=0)
+    local_steps: int | None = Field(None, ge=1)
+    local_epochs: int | None = Field(None, ge=1)
+    """Either of the two; one epoch by default."""
+    batch_size: int = Field(16, ge=1)
+    lr: float = Field(1e-3, ge=0)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float | None = Field(1.0, gt=0)
+    """Largest norm of a client's gradient; 0 in the file stands for no limit."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: float = Field(0.0, ge=0, le=1)
+    evaluate_every: int = Field(1, ge=0)
+    """Rounds; the last is always evaluated. 0: only the first and the last."""
+    base_dropout: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_clip(cls, values: Any) -> Any:
+        # TOML has no null: 0 says that there is no limit.
+        return {**values, "clip": None} if isinstance(values, dict) and values.get("clip") == 0 else values
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> TrainSection:
+        if self.local_steps is not None and self.local_epochs is not None:
+            raise ValueError("local_steps and local_epochs are both set, expected one of them")
+        return self
+
+
+class EngineSection(_Section):
+    """[engine]"""
+
+    name: Literal["inprocess", "flower"] = "inprocess"
+    cohort: Literal["auto"] | int = "auto"
+    """Clients trained in one pass. Results with another cohort size agree up to rounding."""
+    threads: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _positive(self) -> EngineSection:
+        if isinstance(self.cohort, int) and self.cohort < 1:
+            raise ValueError(f"cohort is {self.cohort}, expected 'auto' or a number of at least 1")
+        return self
+
+
+class RunConfig(_Section):
+    """A whole run: the keys of a run file, with their defaults."""
+
+    seed: int = Field(0, ge=0)
+    model: ModelSection
+    task: TaskSection
+    lora: LoraSection = LoraSection()
+    clients: ClientsSection = ClientsSection()
+    method: MethodSection
+    train: TrainSection = TrainSection()
+    engine: EngineSection = EngineSection()
+    network: dict[str, Any] | None = None
+    """A fleet, as for `fedloom allocate`: adds simulated seconds and joules to every round."""
+
+    def to_toml(self) -> str:
+        """The resolved configuration as a run file."""
+        values = self.model_dump(exclude_none=True)
+        if self.train.clip is None:
+            values["train"]["clip"] = 0.0
+        return tomli_w.dumps(values)
+
+
+def parse(values: Mapping[str, Any], source: str) -> RunConfig:
+    """A RunConfig from nested values. Raises one ConfigError that names every wrong key of `source`."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        # A union reports one error for each of its members: the first says enough.
+        first = {tuple(detail["loc"][:2]): detail for detail in reversed(error.errors())}
+        lines = [_explain(detail) for detail in reversed(first.values())]
+        joined = lines[0] if len(lines) == 1 else "".join(f"\n  - {line}" for line in lines)
+        raise ConfigError(f"{source}: {joined}") from None
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a run file and apply `KEY=VALUE` overrides. Paths in the file are relative to where the command is run."""
+    return parse(override(read_toml(path), overrides), str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values of a TOML file. Raises ConfigError if it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"there is no run file {path}; without one, `fedloom run` runs the packaged quickstart"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Apply `section.key=value` strings; a value is TOML, or else taken as text.
+
+    >>> override({"train": {"rounds": 5}}, ["train.rounds=2", "method.name=fedit"])
+    {'train': {'rounds': 2}, 'method': {'name': 'fedit'}}
+    """
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise ConfigError(f"--set got {text!r}, expected KEY=VALUE with a dotted key such as train.rounds=5")
+        try:
+            parsed = tomllib.loads(f"x = {value}")["x"]
+        except tomllib.TOMLDecodeError:
+            parsed = value
+        into = values
+        for part in parts[:-1]:
+            into = into.setdefault(part, {})
+            if not isinstance(into, dict):
+                raise ConfigError(f"--set {text!r}: {part} is no section of a run file")
+        if parts[-1] == "name" and parts[:-1] == ["method"] and into.get("name") != parsed:
+            into.clear()  # another method's fields do not carry over
+        into[parts[-1]] = parsed
+    return values
+
+
+def _explain(detail: ErrorDetails) -> str:
+    where = [str(part) for part in detail["loc"][:2]]
+    key = ".".join(where)
+    if detail["type"] == "extra_forbidden":
+        known = _known(where[:-1])
+        return f"unknown key {key!r}{nearest(where[-1], known)}; known here: {', '.join(known)}"
+    if detail["type"] == "missing":
+        return f"{key} is missing, and has no default"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: got {detail['input']!r}, {message.replace('Input should be', 'expected')}"
+
+
+def _known(section: list[str]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for part in section:
+        annotation = model.model_fields[part].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return list(model.model_fields)
