@@ -324,8 +324,8 @@ def random_fleet(
     mode: Literal["subcarrier", "bandwidth"] = "subcarrier",
     empirical: Empirical = "linear",
     gap: Gap = "pooled",
-    latency_load: float = 0.5,
-    energy_load: float = 1.2,
+    latency_load: float = 0.2,
+    energy_load: float = 0.5,
     head_parameters: int = 0,
 ) -> Fleet:
     """A fleet by seed whose limits bind.

@@ -1,0 +1,122 @@
+"""The problem in y = 1/payload, (36)-(39), in units of one full payload: what both convex models are written in.
+
+    C1'  1/r_dl + 1/r_ul + t1 <= (T - t0) y        jointly convex in shares and y                     (36)
+    C2'  p N + e1 r_ul <= (E - e0) y r_ul          bilinear on the right                              (37)
+    x = (1/y - a)/b;  e(y) is concave for `linear` and `sparsity`, convex for `rescaled`              (38)
+
+with a + b = 1, so y is 1 at keep = 1 and rates are full payloads per second. Derived.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedloom.wireless.bound import Bound
+from fedloom.wireless.channel import Array
+from fedloom.wireless.problem import Problem
+from fedloom.wireless.search import link_of
+
+_TANGENTS = 60
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Arrays (K,) unless said otherwise."""
+
+    bound: Bound
+    weights: Array
+    samples: Array
+    up: Array
+    """(K, M) full payloads a second of one subcarrier."""
+    down: Array
+    power_w: Array
+    a: float
+    b: float
+    spare_s: Array
+    """T - t0."""
+    t1: Array
+    spare_j: Array
+    """E - e0."""
+    e1: Array
+    y_max: float
+    """1 / (a + b keep_min)."""
+
+    @staticmethod
+    def of(problem: Problem) -> Scaled:
+        link, compute = link_of(problem), problem.compute
+        full = problem.fixed_bits + problem.lora_bits
+        a, b = problem.fixed_bits / full, problem.lora_bits / full
+        t1, e1 = compute.lora_s / b, compute.lora_j / b
+        return Scaled(
+            bound=problem.bound,
+            weights=problem.weights,
+            samples=problem.samples,
+            up=link.up / full,
+            down=link.down / full,
+            power_w=link.power_w,
+            a=a,
+            b=b,
+            spare_s=problem.latency_limit_s - compute.base_s + a * t1,
+            t1=t1,
+            spare_j=problem.energy_limit_j - compute.base_j - compute.overhead_j + a * e1,
+            e1=e1,
+            y_max=1.0 / (a + b * problem.keep_min),
+        )
+
+    def keep(self, y: Array) -> Array:
+        """x of y."""
+        return (1.0 / y - self.a) / self.b
+
+    def inverse(self, keep: Array) -> Array:
+        """y of x."""
+        return 1.0 / (self.a + self.b * keep)
+
+    def penalty(self, y: Array) -> Array:
+        """(38): e(y)."""
+        return self.bound.penalty(self.keep(y))
+
+    def penalty_slope(self, y: Array) -> Array:
+        """e'(y)."""
+        return -self.bound.penalty_slope(self.keep(y)) / (self.b * y * y)
+
+    def secant(self, low: Array, high: Array) -> tuple[Array, Array]:
+        """Slope and intercept of the chord of e between two y: below a concave e there. The tangent where they meet."""
+        wide = high - low > 1e-9
+        gap = np.where(wide, high - low, 1.0)
+        slope = np.where(wide, (self.penalty(high) - self.penalty(low)) / gap, self.penalty_slope(low))
+        return slope, self.penalty(low) - slope * low
+
+    def tangents(self) -> tuple[Array, Array]:
+        """Slopes and intercepts of lines below G that touch it, denser near q = 1: (J,) `pooled`, (J, K) `per_device`."""
+        q = 1.0 - np.linspace(0.0, 1.0, _TANGENTS) ** 2
+        if self.bound.gap == "pooled":
+            n = self.samples.sum()
+            slope = self.bound.gap_slope(q, n)
+            return slope, self.bound.gap_at(q, n) - slope * q
+        q = np.repeat(q[:, None], len(self.samples), axis=1)
+        slope = self.bound.gap_slope(q, self.samples)
+        return slope, self.bound.gap_at(q, self.samples) - slope * q
+
+
+def binary_majorant(rho: Array, at: Array) -> Array:
+    """(42): (1 - 2 rho_j) rho + rho_j^2 >= rho - rho^2, equal at rho_j."""
+    return np.asarray((1.0 - 2.0 * at) * rho + at * at)
+
+
+def penalty_majorant(scaled: Scaled, y: Array, at: Array) -> Array:
+    """(43): tangent of e at y_j, above a concave e; e itself for `rescaled`, which is convex."""
+    if scaled.bound.empirical == "rescaled":
+        return scaled.penalty(y)
+    return scaled.penalty(at) + scaled.penalty_slope(at) * (y - at)
+
+
+def product_minorant(y: Array, rate: Array, y_at: Array, rate_at: Array) -> Array:
+    """(44): a concave lower bound of y r, equal at (y_j, r_j).
+
+    With u = r y_j / r_j and S = 2 y_j: y u = ((y + u)^2 - (y - u)^2) / 4 >= (S (2 (y + u) - S) - (y - u)^2) / 4. Divided by
+    y_j^2 and written in eta = y / y_j, nu = r / r_j: eta nu >= eta + nu - 1 - (eta - nu)^2 / 4.
+    """
+    eta, nu = y / y_at, rate / rate_at
+    return np.asarray(y_at * rate_at * (eta + nu - 1.0 - 0.25 * (eta - nu) ** 2))
