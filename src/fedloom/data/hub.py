@@ -82,8 +82,8 @@ def _explain(
         return error(
             f"there is no {what} {name!r} on the hub, and no such path here: check its name (owner/name).{tail}"
         )
-    lines = str(cause).strip().splitlines() or [type(cause).__name__]
-    return error(f"{what} {name!r} cannot be loaded: {lines[0]}{tail}")
+    lines = " ".join(str(cause).split()) or type(cause).__name__
+    return error(f"{what} {name!r} cannot be loaded: {lines[:300]}{tail}")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,0 +1,141 @@
+"""Data sets of raw columns: packaged names, local files, hub ids and GLUE tasks; checked, hashed and split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedloom import lora
+from fedloom.data import files, glue, hub, packaged
+from fedloom.data.glue import glue_fields as glue_fields
+from fedloom.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def load(source: str, split: str | None = None) -> Dataset:
+    """The rows of a data source: a packaged name, a local file, a GLUE task (`glue/cola`) or a hub id (`owner/name:config`).
+
+    `split` names a split on the hub (`train` by default); packaged data and files have one split only. Raises DataError
+    if there is no such source or it cannot be read, HubError if it is only on a hub that cannot be reached.
+    """
+    hub.quiet()
+    import datasets
+
+    if source in packaged.DATA:
+        columns = packaged.read(source)
+        if columns is not None:
+            _one_split(source, split)
+            return datasets.Dataset.from_dict(columns)
+        return _original(source, split)
+    if glue.is_glue(source):
+        return _from_hub(glue.HUB, source.removeprefix("glue/"), glue.glue_split(source, split), source)
+    if files.is_path(source):
+        _one_split(source, split)
+        return files.read(Path(source).expanduser())
+    name, _, config = source.partition(":")
+    known = ", ".join(packaged.DATA)
+    advice = f"Packaged data: {known}{nearest(source, packaged.DATA)}; files: {', '.join(files.SUFFIXES)}"
+    return _from_hub(name, config or None, split or "train", source, advice)
+
+
+def require(ds: Dataset, columns: Iterable[str]) -> None:
+    """Raise DataError unless the data set has rows, and these columns, with a value in every row (rows count from 1)."""
+    import pyarrow as pa  # type: ignore[import-untyped]  # ships no types
+    import pyarrow.compute as pc  # type: ignore[import-untyped]  # ships no types
+
+    if len(ds) == 0:
+        raise DataError("the data set has no rows, expected at least one")
+    for name in columns:
+        if name not in ds.column_names:
+            raise DataError(
+                f"there is no column {name!r}, the data has: {', '.join(ds.column_names)}{nearest(name, ds.column_names)}"
+            )
+        values = ds.select_columns([name]).with_format("arrow")[:].column(name)
+        bad = pc.is_null(values, nan_is_null=pa.types.is_floating(values.type))
+        count = pc.sum(bad).as_py()
+        if count:
+            row = pc.index(bad, True).as_py() + 1
+            raise DataError(f"row {row} has no value in column {name!r} ({count} such rows): fill or remove them")
+
+
+def fingerprint(ds: Dataset) -> str:
+    """sha256 of the content, columns and rows in order; the same in every process and for every kind of source."""
+    digest = hashlib.sha256(json.dumps(ds.column_names).encode())
+    for first in range(0, len(ds), 1024):
+        rows = ds[first : first + 1024]
+        digest.update(json.dumps([rows[name] for name in ds.column_names], default=str).encode())
+    return digest.hexdigest()
+
+
+def split(ds: Dataset, holdout: float, seed: int, stratify: str | None = None) -> tuple[Dataset, Dataset]:
+    """(train, held-out) rows, drawn from the seed; each keeps the order of the data.
+
+    `holdout` below 1 is a share of the rows, else a number of rows. With `stratify`, a label column, every class is held out in
+    proportion, and at least one row of each stays in train. Raises DataError if either part would be empty.
+    """
+    n = len(ds)
+    wanted = round(holdout * n) if 0 < holdout < 1 else int(holdout)
+    if not 1 <= wanted < n:
+        raise DataError(
+            f"cannot hold out {holdout} of {n} rows: expected a share between 0 and 1, or fewer rows than there are"
+        )
+    order = np.random.default_rng(lora.seed_of(seed, "holdout")).permutation(n)
+    held = (
+        order[:wanted] if stratify is None else _proportional(np.asarray([str(x) for x in ds[stratify]]), order, wanted)
+    )
+    kept = np.setdiff1d(np.arange(n), held)
+    if not len(held):
+        raise DataError(f"cannot hold out {wanted} rows: no class of column {stratify!r} has a row to spare")
+    return ds.select(kept.tolist()), ds.select(np.sort(held).tolist())
+
+
+def _proportional(labels: np.ndarray[Any, Any], order: np.ndarray[Any, Any], wanted: int) -> np.ndarray[Any, Any]:
+    """`wanted` rows of `order`, by class in proportion: whole parts first, then the largest remainders."""
+    names, counts = np.unique(labels, return_counts=True)
+    exact = wanted * counts / counts.sum()
+    take = np.minimum(np.floor(exact).astype(int), counts - 1)
+    for i in np.argsort(-(exact - np.floor(exact)), kind="stable"):
+        if take.sum() < wanted and take[i] < counts[i] - 1:
+            take[i] += 1
+    return np.concatenate([order[labels[order] == name][:k] for name, k in zip(names, take, strict=True)])
+
+
+def _one_split(source: str, split: str | None) -> None:
+    if split not in (None, "train"):
+        raise DataError(
+            f"{source!r} has no split {split!r}: it is one set of rows; leave the split out, or name another source"
+        )
+
+
+def _original(name: str, split: str | None) -> Dataset:
+    """A packaged data set whose package is not installed, from the hub."""
+    import datasets
+
+    advice = packaged.absent(name)
+    original = packaged.DATA[name].hub
+    if original is None:
+        raise DataError(advice)
+    # The repository itself holds a script, which datasets no longer runs; the hub's own conversion is on this branch.
+    ds = _from_hub(original, None, split or "train", name, advice, revision="refs/convert/parquet")
+    labels = [ds.features["fine_label"].int2str(i) for i in ds["fine_label"]]
+    return datasets.Dataset.from_dict(packaged.questions(name, list(zip(labels, ds["text"], strict=True))))
+
+
+def _from_hub(
+    name: str, config: str | None, split: str, source: str, advice: str = "", revision: str | None = None
+) -> Dataset:
+    import datasets
+
+    datasets.disable_progress_bars()
+    with hub.access("data set", source, DataError, advice):
+        ds: Any = datasets.load_dataset(name, config, split=split, revision=revision)
+    if len(ds) == 0:
+        raise DataError(f"data set {source!r} has no rows in split {split!r}, expected at least one")
+    return ds
