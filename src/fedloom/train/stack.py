@@ -62,9 +62,12 @@ def pack(states: Sequence[State], dtype: torch.dtype, device: torch.device) -> t
     return layout, flat.to(device)
 
 
-def pad_stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of different shapes -> (K, *largest), padded with zeros at the end of each axis; differentiable."""
-    shape = _largest([tuple(x.shape) for x in tensors])
+def pad_stack(tensors: Sequence[Tensor], shape: tuple[int, ...] | None = None) -> Tensor:
+    """Tensors of different shapes -> (K, *shape), padded with zeros at the end of each axis; differentiable.
+
+    The shape is the largest by default.
+    """
+    shape = _largest([tuple(x.shape) for x in tensors]) if shape is None else shape
     padded = []
     for x in tensors:
         gaps = [(0, large - small) for large, small in zip(shape, x.shape, strict=True)]
@@ -87,7 +90,8 @@ class Factors:
         self._shortcut = shortcut
         self._leaves: list[dict[str, Leaf]] | None = None  # for A and for B: site -> the leaf that it is
         self._constants: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        self._computed: list[list[str]] = [[], []]
+        # Site -> the largest shape over all clients, those that will have finished too: A's rank must stay that of B.
+        self._computed: tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]] = ({}, {})
 
     def __call__(self, leaf: Tensor, dtype: torch.dtype) -> tuple[Group, Group, Views]:
         """A, B and the stacked leaves in `dtype`, from the `leaf` (K, P) of the first K clients: one cast for all of them."""
@@ -105,8 +109,8 @@ class Factors:
         for i in (0, 1):
             result[i].update({site: low[source] for site, source in self._leaves[i].items()})
             result[i].update({site: constant[:K] for site, constant in self._constants[i].items()})
-            for site in self._computed[i]:
-                result[i][site] = pad_stack([pair[i][site] for pair in made]).to(dtype)
+            for site, shape in self._computed[i].items():
+                result[i][site] = pad_stack([pair[i][site] for pair in made], shape).to(dtype)
         return (*result, low)
 
     def _resolve(self, made: Sequence[tuple[Group, Group]], states: Sequence[State], dtype: torch.dtype) -> None:
@@ -125,7 +129,7 @@ class Factors:
                 elif not any(x.requires_grad for x in tensors):
                     self._constants[i][site] = pad_stack(tensors).to(dtype)
                 else:
-                    self._computed[i].append(site)
+                    self._computed[i][site] = _largest([tuple(x.shape) for x in tensors])
 
 
 def _largest(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
