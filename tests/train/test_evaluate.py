@@ -1,0 +1,89 @@
+"""Evaluation and generation against transformers' own, row by row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from fedloom.core import Work
+from fedloom.data.text import Encoded, collate
+from fedloom.methods.fedit import FedIT
+from fedloom.train.trainer import Trainer
+
+
+def merge(family: Any, work: Work) -> None:
+    """Put an adapter and head into the model's own weights."""
+    family.model.double().eval()
+    for site in family.sites:
+        layer = family.model.get_submodule(site)
+        product = work.scale * work.train["B"][site] @ work.train["A"][site]
+        layer.weight.data += product.T if isinstance(layer, Conv1D) else product
+    for name, x in work.train.get("head", {}).items():
+        family.model.get_parameter(name).data.copy_(x)
+
+
+def row(data: Encoded, i: int) -> Tensor:
+    return torch.from_numpy(data.tokens[data.offsets[i] : data.offsets[i + 1]]).long().unsqueeze(0)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2-classifier"])
+def test_logits_are_those_of_the_merged_model_in_row_order(name: str, build: Any, rows: Any, works: Any) -> None:
+    family = build(name)
+    work, data = works(family)[1][1], rows(21, family.kind)
+    with Trainer(family.model, family.sites, family.heads) as trainer:
+        result = trainer.evaluate(FedIT(), work, data, batch_size=4)
+    merge(family, work)
+    assert data.targets is not None
+    with torch.no_grad():
+        wanted = torch.cat([family.model(input_ids=row(data, i)).logits for i in range(21)])
+    assert result.logits is not None
+    assert result.predictions is not None
+    torch.testing.assert_close(result.logits, wanted, rtol=0, atol=1e-10)
+    targets = torch.from_numpy(data.targets)
+    if family.kind == "classification":
+        assert torch.equal(result.predictions, wanted.argmax(1))
+        loss = torch.nn.functional.cross_entropy(wanted, targets)
+    else:
+        torch.testing.assert_close(result.predictions, wanted[:, 0])
+        loss = (wanted[:, 0] - targets).square().mean()
+    assert result.loss == pytest.approx(float(loss), abs=1e-10)
+    assert result.count == 21
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_causal_loss_is_the_mean_over_answer_tokens(name: str, build: Any, rows: Any, works: Any) -> None:
+    family = build(name)
+    work, data = works(family)[1][1], rows(9, family.kind)
+    with Trainer(family.model, family.sites, family.heads) as trainer:
+        result = trainer.evaluate(FedIT(), work, data, batch_size=4)
+    merge(family, work)
+    batch = collate([(data, list(range(9)))])
+    with torch.no_grad():
+        wanted = family.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    assert result.loss == pytest.approx(float(wanted), abs=1e-6)  # transformers' loss is float32
+    assert data.starts is not None
+    assert result.count == int((data.lengths - data.starts).sum())
+    assert result.logits is None
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_answers_are_those_of_each_prompt_alone(name: str, build: Any, rows: Any, works: Any) -> None:
+    family = build(name)
+    work, data = works(family)[1][1], rows(9, family.kind)
+    with Trainer(family.model, family.sites, family.heads) as trainer:
+        answers = trainer.generate(FedIT(), work, data, max_new_tokens=6, batch_size=4)
+    merge(family, work)
+    assert data.starts is not None
+    for i, answer in enumerate(answers):
+        prompt = row(data, i)[:, : int(data.starts[i])]
+        made = family.model.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False, pad_token_id=0
+        )
+        wanted = made[0, prompt.shape[1] :].tolist()
+        assert answer == (wanted[: wanted.index(1)] if 1 in wanted else wanted)
+    with pytest.raises(ValueError, match="classification"):
+        trainer.generate(FedIT(), work, rows(3, "classification"))
