@@ -139,6 +139,7 @@ def solved(problem: cp.Problem, solver: str) -> bool:
 
 
 def iterate(
+    problem: Problem,
     surrogate: Surrogate,
     share: Array,
     rng: np.random.Generator,
@@ -147,8 +148,11 @@ def iterate(
     max_iterations: int = 30,
     deadline: float = np.inf,
 ) -> list[Iterate]:
-    """Successive solves from one start. `zetas` fixes the schedule (default: three without penalty, then doubling)."""
-    y = np.full(len(share), surrogate.scaled.y_max)
+    """Successive solves from one start. `zetas` fixes the schedule (default: three without penalty, then doubling).
+
+    y starts at the best rates that the start's caps allow, so the first iterate is feasible wherever the start is.
+    """
+    y = surrogate.scaled.inverse(problem.best(problem.caps(share)))
     path: list[Iterate] = []
     zeta = 0.0
     for step in range(len(zetas) if zetas is not None else max_iterations):
@@ -178,7 +182,7 @@ def _zeta(step: int) -> float:
 def psca(
     problem: Problem,
     *,
-    starts: int = 3,
+    starts: int | None = None,
     seed: int = 0,
     time_limit_s: float = np.inf,
     lower: float = -np.inf,
@@ -186,6 +190,7 @@ def psca(
 ) -> Solution[Array]:
     """A good point without proof: P-SCA from several starts, each rounded and repaired. Point: share (K, M).
 
+    `starts` is 3 by default, 2 above 4,000 pairs of device and subcarrier.
     `lower` is a lower bound known from elsewhere, passed on. One convex solve is O((K M)^3.5) at worst, in practice
     near linear in K M; the time limit is checked between solves.
     """
@@ -196,11 +201,12 @@ def psca(
     devices, count = surrogate.scaled.up.shape
     first = greedy(problem)
     best, owners = _better(problem, improve(problem, first), np.inf, first)
+    starts = starts or (3 if devices * count <= 4000 else 2)
     solves, trace = 0, [Progress(time.perf_counter() - began, 0, lower, best)]
     for start in range(starts):
         if time.perf_counter() > deadline:
             break
-        path = iterate(surrogate, _start(start, first, devices, count, rng), rng, deadline=deadline)
+        path = iterate(problem, surrogate, _start(start, first, devices, count, rng), rng, deadline=deadline)
         solves += len(path)
         for end in {0: path[_PLAIN - 1 : _PLAIN], 1: path[-1:]}.values():
             for point in end:
