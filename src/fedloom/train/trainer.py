@@ -113,7 +113,7 @@ class Trainer:
         size = batch_size or 8 * self.settings.batch_size
         total, count = 0.0, 0.0
         found: list[Tensor] = []
-        with torch.inference_mode(), self.loaded(method, work, data):
+        with torch.no_grad(), self.loaded(method, work, data):  # no inference mode: a cast made in it could not be trained on
             for first in range(0, len(rows), size):
                 batch = collate([(data, rows[first : first + size])]).to(self._host.device)
                 logits = self._host.logits(batch, data.kind)
@@ -138,7 +138,7 @@ class Trainer:
         size = batch_size or 8 * self.settings.batch_size
         rows = np.argsort(data.starts, kind="stable")
         answers: dict[int, list[int]] = {}
-        with torch.inference_mode(), self.loaded(method, work, data) as model:
+        with torch.no_grad(), self.loaded(method, work, data) as model:
             for first in range(0, len(rows), size):
                 chosen = rows[first : first + size]
                 answers.update(zip(chosen.tolist(), _greedy(model, data, chosen, max_new_tokens), strict=True))
