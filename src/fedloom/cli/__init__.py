@@ -1,1 +1,1 @@
-"""The command line and the run file."""
+"""The command line."""

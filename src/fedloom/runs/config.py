@@ -74,7 +74,8 @@ class LoraSection(_Section):
 class ClientsSection(_Section):
     """[clients]"""
 
-    count: int = Field(4, ge=1)
+    count: int | None = Field(None, ge=1)
+    """4 by default; a by-field partition has one client for each value."""
     fraction: float = Field(1.0, gt=0, le=1)
     """Sampled each round."""
     partition: Literal["iid", "dirichlet", "pathological", "by-field", "by-length"] = "iid"
@@ -90,6 +91,14 @@ class ClientsSection(_Section):
     """Cycled over the clients, or the file of an allocation."""
     max_norm: float | None = Field(None, gt=0)
     """Drop an upload whose norm is larger."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_count(cls, values: Any) -> Any:
+        # by-field alone takes the number of clients from the data.
+        if isinstance(values, dict) and values.get("partition") != "by-field":
+            return {"count": 4} | values
+        return values
 
 
 class MethodSection(BaseModel):
@@ -154,7 +163,7 @@ class RunConfig(_Section):
     model: ModelSection
     task: TaskSection
     lora: LoraSection = LoraSection()
-    clients: ClientsSection = ClientsSection()
+    clients: ClientsSection = ClientsSection.model_validate({})
     method: MethodSection
     train: TrainSection = TrainSection()
     engine: EngineSection = EngineSection()

@@ -1,0 +1,40 @@
+"""The Python interface: run and resume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from fedloom.data import hub
+from fedloom.runs import config as configs
+from fedloom.runs import session
+from fedloom.runs.config import RunConfig
+from fedloom.runs.session import Observer, Result
+
+
+def run(
+    config: str | PathLike[str] | Mapping[str, Any] | RunConfig,
+    out: str | PathLike[str] | None = None,
+    observer: Observer | None = None,
+) -> Result:
+    """Train what a run file, a nested dict or a RunConfig describes, in a new directory (default: below `runs/`).
+
+    Raises ConfigError, DataError, ModelError, HubError or RunError for what the caller can mend, RoundError if a round had
+    no usable upload.
+    """
+    hub.quiet()
+    if isinstance(config, RunConfig):
+        settings = config
+    elif isinstance(config, Mapping):
+        settings = configs.parse(config, "the run's configuration")
+    else:
+        settings = configs.load(Path(config))
+    return session.start(settings, None if out is None else Path(out), observer)
+
+
+def resume(path: str | PathLike[str], observer: Observer | None = None) -> Result:
+    """Go on with a run after a crash or an interruption."""
+    hub.quiet()
+    return session.resume(Path(path), observer)

@@ -1,0 +1,206 @@
+"""The commands. Heavy libraries are imported by the command that needs them, so that --help is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fedloom.errors import FedloomError
+
+app = typer.Typer(
+    name="fedloom",
+    help="Federated LoRA fine-tuning of language models, where the method is a choice.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+ClientOption = Annotated[str | None, typer.Option("--client", metavar="ID", help="That client's own model.")]
+
+
+def _quiet() -> None:
+    from fedloom.data import hub
+
+    hub.quiet()
+
+
+@app.command()
+def run(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE.toml]", help="A run file; without one, the packaged quickstart.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the run file: train.rounds=5. Repeatable."),
+    ] = None,
+    out_: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The run directory to make (default: below runs/).")
+    ] = None,
+) -> None:
+    """Train: from a run file to a PEFT adapter.
+
+    Example: fedloom run my.toml --set method.name=fedit --out runs/fedit
+    """
+    _quiet()
+    from fedloom.cli.terminal import Terminal
+    from fedloom.runs import config, session
+
+    quickstart = Path(__file__).parent.parent / "quickstart.toml"
+    settings = config.load(file if file is not None else quickstart, set_ or [])
+    path = out_ if out_ is not None else session.free_name(settings)
+    with _resumable(path), Terminal(out) as terminal:
+        result = session.start(settings, path, terminal)
+    _finished(result)
+
+
+@app.command()
+def resume(path: RunPath) -> None:
+    """Go on with a run after a crash or Ctrl-C. It ends with the same bytes as if it had never stopped.
+
+    Example: fedloom resume runs/fslora-trec
+    """
+    _quiet()
+    from fedloom.cli.terminal import Terminal
+    from fedloom.runs import session
+
+    with _resumable(path), Terminal(out) as terminal:
+        result = session.resume(path, terminal)
+    _finished(result)
+
+
+@contextmanager
+def _resumable(path: Path) -> Iterator[None]:
+    """Say how to go on when Ctrl-C ends the block."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (path / "run.toml").exists():
+            err.print(f"interrupted; go on with: fedloom resume {path}", soft_wrap=True)
+        raise
+
+
+def _finished(result: Any) -> None:
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in result.eval.items())
+    out.print(f"\nheld-out {scores}" if scores else "")
+    out.print(f"adapter: {result.adapter_dir}", soft_wrap=True)
+    out.print(f"next:    fedloom evaluate {result.path}", soft_wrap=True)
+    out.print(f"         fedloom export {result.path} my-adapter [--merge]", soft_wrap=True)
+    out.print("         fedloom run --set method.name=fedit   (fedloom methods lists the others)", soft_wrap=True)
+
+
+@app.command()
+def evaluate(path: RunPath, client: ClientOption = None) -> None:
+    """Score a finished run again, from the adapter that it saved.
+
+    Example: fedloom evaluate runs/fslora-trec
+    """
+    _quiet()
+    from fedloom.runs import inspect
+
+    for name, value in inspect.evaluate_saved(path, client).items():
+        out.print(f"{name} {value:.6f}")
+
+
+@app.command()
+def export(
+    path: RunPath,
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="A new directory.")],
+    client: ClientOption = None,
+    merge: Annotated[bool, typer.Option("--merge", help="The whole model with the adapter merged into it.")] = False,
+) -> None:
+    """Copy a run's adapter as a PEFT directory, or write the merged model.
+
+    Example: fedloom export runs/fslora-trec my-model --merge
+    """
+    _quiet()
+    from fedloom.runs import inspect
+
+    inspect.export_saved(path, dest, client, merge)
+    out.print(f"{'model' if merge else 'adapter'}: {dest}", soft_wrap=True)
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method.")] = None) -> None:
+    """The table of methods, or one method's fields, defaults and paper.
+
+    Example: fedloom methods fslora
+    """
+    from fedloom.cli import tables
+
+    tables.print_methods(out, name)
+
+
+@app.command()
+def sensitivity(path: RunPath) -> None:
+    """How much directions and magnitudes of A and B change in a round of training, for every convention and reference.
+
+    Example: fedloom sensitivity runs/fedlora_optimizer-trec
+    """
+    _quiet()
+    from fedloom.cli import tables
+    from fedloom.runs import sensitivity as report
+
+    tables.print_sensitivity(out, report.measure(path))
+
+
+@app.command()
+def verify(path: RunPath) -> None:
+    """Recompute the hashes in a run's manifest.
+
+    Example: fedloom verify runs/fslora-trec
+    """
+    _quiet()
+    from fedloom.runs import inspect
+
+    wrong = 0
+    for name, expected, found in inspect.verify(path):
+        same = expected == found
+        wrong += not same
+        out.print(
+            f"{'ok   ' if same else 'WRONG'} {name}" + ("" if same else f": {found}, the manifest says {expected}")
+        )
+    if wrong:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """The entry point: errors as one message, exit codes as documented."""
+    code: object = 0
+    try:
+        app(standalone_mode=False)
+    except KeyboardInterrupt:
+        code = 130
+    except typer.Abort:
+        code = 130
+    except typer.Exit as exit_:
+        code = exit_.exit_code
+    except FedloomError as error:
+        err.print(f"error: {error}", markup=False, soft_wrap=True)
+        code = error.exit_code
+    except BrokenPipeError:
+        code = 0
+    except Exception as error:
+        if not _is_usage(error):
+            raise
+        err.print(f"error: {error.format_message()}", markup=False, soft_wrap=True)  # type: ignore[attr-defined]
+        code = 2
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Worker threads of the libraries below may take seconds to end: everything that matters is on disk by now.
+    os._exit(code if isinstance(code, int) else 1)
+
+
+def _is_usage(error: Exception) -> bool:
+    return hasattr(error, "format_message") and hasattr(error, "exit_code")
