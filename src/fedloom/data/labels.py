@@ -45,7 +45,9 @@ def _label_names(ds: Dataset, label: str) -> list[str]:
     result = []
     for row, value in enumerate(ds[label]):
         if value is None or (isinstance(value, float) and math.isnan(value)) or (names is not None and value < 0):
-            raise DataError(f"row {row} has no label in column {label!r} (got {value!r}): remove the row or label it")
+            raise DataError(
+                f"row {row + 1} has no label in column {label!r} (got {value!r}): remove the row or label it"
+            )
         if names is not None:
             result.append(names[value])
         elif isinstance(value, float) and value.is_integer():
@@ -63,7 +65,7 @@ def classes(ds: Dataset, label: str, labels: Sequence[str]) -> NDArray[np.int64]
     if unseen:
         name, row = next(iter(sorted(unseen.items(), key=lambda item: item[1])))
         raise DataError(
-            f"label {name!r} (row {row}, column {label!r}) does not occur in the training data, expected one of: "
+            f"label {name!r} (row {row + 1}, column {label!r}) does not occur in the training data, expected one of: "
             f"{', '.join(labels)}{nearest(name, labels)}. Remove such rows, or train on rows that have the label"
         )
     return np.fromiter((index[name] for name in found), np.int64, len(found))
@@ -79,6 +81,6 @@ def values(ds: Dataset, label: str) -> NDArray[np.float32]:
             result[row] = np.nan
         if not np.isfinite(result[row]):
             raise DataError(
-                f"row {row} has {value!r} in column {label!r}, expected a number: regression needs finite numbers"
+                f"row {row + 1} has {value!r} in column {label!r}, expected a number: regression needs finite numbers"
             )
     return result

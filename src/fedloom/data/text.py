@@ -156,7 +156,7 @@ def encode_causal(
             a = a + end
             if not a:
                 raise DataError(
-                    f"row {first + i} has an empty answer in column {response!r}: remove the row or fill it"
+                    f"row {first + i + 1} has an empty answer in column {response!r}: remove the row or fill it"
                 )
             p = fit_prompt(p, max_length - 1, tokenizer)
             rows.append((p + a)[:max_length])
