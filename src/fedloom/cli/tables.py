@@ -63,18 +63,27 @@ def _meanings(cls: type) -> dict[str, str]:
 def print_sensitivity(console: Console, rows: list[Row]) -> None:
     """One line for each convention and reference, with the published values and their caveat below."""
     table = Table(box=None, pad_edge=False)
-    for column in (
-        "convention", "reference", "dD A", "dD B", "dD A/B", "dM A", "dM B", "dM B/A", "dM B/A per sqrt(length)", "rel. dM B/A",
-    ):  # fmt: skip
-        table.add_column(column, justify="left" if column in ("convention", "reference") else "right")
+    names = (
+        "convention",
+        "reference",
+        "dD A",
+        "dD B",
+        "dD A/B",
+        "dM A",
+        "dM B",
+        "dM B/A",
+        "per sqrt(length)",
+        "relative",
+    )
+    for i, name in enumerate(names):
+        table.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(
-            row.convention, row.reference, *(("undefined" if x is None else f"{x:.4g}") for x in row.values())
-        )
-    console.print(table)
+        table.add_row(row.convention, row.reference, *(("-" if x is None else f"{x:.3g}") for x in row.values()))
+    console.print(table, width=max(console.width, 110))
     console.print(
-        "\ndD: mean of 1 - cos between a vector and its reference; dM: mean change of its length; rel.: in its own lengths.\n"
+        "\ndD: mean of 1 - cos between a vector and its reference; dM: mean change of its length; -: undefined.\n"
         "Published values, convention unknown: dD A/B about 1.7, dM B/A about 41 (LLaMA2-7B, Dolly; arXiv 2510.11274).\n"
-        "A ratio of lengths grows with sqrt(out / rank) under `col` whatever is learnt: see the column per sqrt(length).",
+        "A ratio of lengths grows with sqrt(out / rank) under `col` whatever is learnt: the last two columns give dM B/A per sqrt(length)\n"
+        "of the vectors, and of changes relative to the lengths themselves.",
         soft_wrap=True,
     )
