@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-
-from fedloom.data import packaged
 
 WORDS = [f"w{i}" for i in range(50)]
 
@@ -53,16 +49,3 @@ def llama_tokenizer() -> Any:
 def gpt2_tokenizer() -> Any:
     """One special token (1) that ends texts, and none added to them."""
     return _tokenizer(["<unk>", "<|endoftext|>"], None, None, eos_token="<|endoftext|>")
-
-
-@pytest.fixture
-def need() -> Callable[[str], None]:
-    """Skip where a packaged model or data set is not installed; in CI, fail."""
-
-    def check(name: str) -> None:
-        if packaged.locate(name) is None:
-            if os.environ.get("CI") == "true":
-                pytest.fail(packaged.absent(name))
-            pytest.skip(packaged.absent(name))
-
-    return check
