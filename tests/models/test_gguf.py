@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fedloom.errors import ModelError
 from fedloom.models import gguf
 
 
@@ -33,7 +34,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path))
     monkeypatch.setattr(gguf, "_convert", convert)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ModelError, match="No space left .* FEDLOOM_CACHE"):
         gguf.converted(Path("m.gguf"), "ab" * 32)
     assert os.listdir(tmp_path) == []
 

@@ -136,12 +136,10 @@ def absent(name: str) -> str:
     return f"The packaged {name!r} is not installed; install it with `{package.install}`{original}."
 
 
-def sha256(name: str) -> str:
-    """The hash that stands for a packaged name in a manifest: that of its largest file or group of files, the last listed."""
-    package, _ = _entry(name)
-    return next(
-        (h for file, h in package.sha256.items() if file.endswith(".safetensors")), list(package.sha256.values())[-1]
-    )
+def weights_sha256(name: str) -> str:
+    """The hash of a packaged model's weight file."""
+    hashes = MODELS[name].sha256
+    return next(value for file, value in hashes.items() if file.endswith((".safetensors", ".gguf")))
 
 
 def read(name: str) -> Columns | None:

@@ -222,7 +222,8 @@ def _deal(partitioner: Any, order: np.ndarray[Any, Any], by: list[str] | None) -
 
 def _partitioners() -> Any:
     hub.quiet()
-    with warnings.catch_warnings():
+    # The package imports a plotting library, which may announce on stderr that it looks for fonts.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore", DeprecationWarning)
         from flwr_datasets import partitioner
     return partitioner

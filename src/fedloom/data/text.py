@@ -64,10 +64,15 @@ class Encoded:
         """(n,) tokens in each row."""
         return np.diff(self.offsets)
 
+    def lengths_of(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """Tokens in the rows named, without a pass over the others."""
+        lengths: NDArray[np.int64] = self.offsets[rows + 1] - self.offsets[rows]
+        return lengths
+
     def select(self, rows: Sequence[int] | NDArray[np.integer[Any]]) -> Encoded:
         """The rows named, in that order, as a data set of their own."""
         index = np.asarray(rows, dtype=np.int64)
-        lengths = self.lengths[index]
+        lengths = self.lengths_of(index)
         offsets = np.concatenate(([0], np.cumsum(lengths)))
         where = np.arange(offsets[-1]) + np.repeat(self.offsets[index] - offsets[:-1], lengths)
         return replace(
@@ -315,7 +320,7 @@ def collate(
         raise ValueError(
             f"clients have {[len(rows) for _, rows in parts]} rows, expected equal numbers with pad_rows=False"
         )
-    longest = max((int(data.lengths[rows].max()) for data, rows in parts if len(rows)), default=1)
+    longest = max((int(data.lengths_of(rows).max()) for data, rows in parts if len(rows)), default=1)
     L = -(-longest // multiple) * multiple
     K, position = len(parts), np.arange(L)
     ids = np.full((K, b, L), first.pad_id, np.int64)
@@ -330,7 +335,7 @@ def collate(
     )
     for k, (data, rows) in enumerate(parts):
         n = len(rows)
-        real = position < data.lengths[rows][:, None]  # (n, L)
+        real = position < data.lengths_of(rows)[:, None]  # (n, L)
         where = (data.offsets[rows][:, None] + position)[real]
         ids[k, :n][real] = data.tokens[where]
         mask[k, :n] = real

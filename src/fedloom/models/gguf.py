@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+
+from fedloom.errors import ModelError
 
 
 def cache_dir() -> Path:
@@ -22,24 +25,31 @@ def converted(file: Path, sha256: str) -> Path:
     """The directory of the model in `file`, whose hash is `sha256`; converted at the first call (about 15 s, 1.6 GB).
 
     Several processes may call it at once: each converts in a directory of its own and the first to finish wins.
+    Raises ModelError if the cache cannot be written, as on a full disk; nothing half-written stays.
     """
     target = cache_dir() / f"{file.name.removesuffix('.gguf')}-{sha256[:16]}"
     if (target / "config.json").is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        # The reader draws a progress bar of its own on stderr, and models are made with random weights before they are filled.
-        with contextlib.redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
-            _convert(file, scratch)
-        scratch.chmod(0o755)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
-            scratch.rename(target)
-        except OSError:
-            if not (target / "config.json").is_file():  # else another process has just put the same there
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            # The reader draws a progress bar of its own, and models are made with random weights before they are filled.
+            with contextlib.redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
+                _convert(file, scratch)
+            scratch.chmod(0o755)
+            try:
+                scratch.rename(target)
+            except OSError:
+                if not (target / "config.json").is_file():  # else another process has just put the same there
+                    raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{file.name} could not be converted into {target.parent} ({error}): it needs about 1 GB there; free some, or "
+            "set FEDLOOM_CACHE to another directory"
+        ) from error
     return target
 
 

@@ -85,7 +85,7 @@ def load_base(
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source)
         loaded: Any = loader.from_pretrained(source, **options)
         model, info = loaded
-        digest = packaged.sha256(name) if name in known and local else _weights_sha256(source)
+        digest = packaged.weights_sha256(name) if name in known and local else _weights_sha256(source)
     head = tuple(head_modules(model))
     fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     _draw(model, fresh, head, seed, name, kind)
@@ -112,7 +112,7 @@ def resolve(name: str) -> str:
             from fedloom.models import gguf
 
             with quiet():
-                return str(gguf.converted(files[0], packaged.sha256(name)))
+                return str(gguf.converted(files[0], packaged.weights_sha256(name)))
         return str(files[0].parent)
     path = Path(name).expanduser()
     if path.is_dir():
