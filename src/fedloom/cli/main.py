@@ -179,13 +179,12 @@ def main() -> None:
     """The entry point: errors as one message, exit codes as documented."""
     code: object = 0
     try:
-        app(standalone_mode=False)
+        # Without standalone mode an exit, Ctrl-C among them, comes back as its code; commands themselves return None.
+        code = app(standalone_mode=False) or 0
     except KeyboardInterrupt:
         code = 130
     except typer.Abort:
         code = 130
-    except typer.Exit as exit_:
-        code = exit_.exit_code
     except FedloomError as error:
         err.print(f"error: {error}", markup=False, soft_wrap=True)
         code = error.exit_code

@@ -62,28 +62,17 @@ def _meanings(cls: type) -> dict[str, str]:
 
 def print_sensitivity(console: Console, rows: list[Row]) -> None:
     """One line for each convention and reference, with the published values and their caveat below."""
-    table = Table(box=None, pad_edge=False)
-    names = (
-        "convention",
-        "reference",
-        "dD A",
-        "dD B",
-        "dD A/B",
-        "dM A",
-        "dM B",
-        "dM B/A",
-        "per sqrt(length)",
-        "relative",
-    )
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    names = ("norms", "against", "dD A", "dD B", "dD A/B", "dM A", "dM B", "dM B/A", "/sqrt(n)", "rel.")
     for i, name in enumerate(names):
         table.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
     for row in rows:
         table.add_row(row.convention, row.reference, *(("-" if x is None else f"{x:.3g}") for x in row.values()))
-    console.print(table, width=max(console.width, 110))
+    console.print(table)
     console.print(
         "\ndD: mean of 1 - cos between a vector and its reference; dM: mean change of its length; -: undefined.\n"
         "Published values, convention unknown: dD A/B about 1.7, dM B/A about 41 (LLaMA2-7B, Dolly; arXiv 2510.11274).\n"
-        "A ratio of lengths grows with sqrt(out / rank) under `col` whatever is learnt: the last two columns give dM B/A per sqrt(length)\n"
-        "of the vectors, and of changes relative to the lengths themselves.",
+        "A ratio of lengths grows with sqrt(out / rank) under `col` whatever is learnt: the last two columns give dM B/A\n"
+        "per sqrt(length n of the vectors), and of changes relative to the lengths themselves.",
         soft_wrap=True,
     )

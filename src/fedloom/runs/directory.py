@@ -39,7 +39,8 @@ class RunDirectory:
     @staticmethod
     def create(path: Path, config: RunConfig) -> RunDirectory:
         """A new run directory that holds the configuration. Raises RunError if there is something at `path` already."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        # A run.toml.new is what a kill within the very first write leaves: there is nothing in it to lose.
+        if path.exists() and (not path.is_dir() or any(file.name != "run.toml.new" for file in path.iterdir())):
             raise RunError(
                 f"{path} exists and is not empty, expected a new or empty directory: choose another --out"
                 + (f", or go on with it: fedloom resume {path}" if (path / "run.toml").is_file() else "")
