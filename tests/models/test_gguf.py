@@ -21,6 +21,9 @@ def test_two_at_once_end_with_one_model(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(gguf, "_convert", convert)
+    abandoned = tmp_path / "cache" / f".m-{'ab' * 8}-killed"
+    abandoned.mkdir(parents=True)
+    os.utime(abandoned, (0, 0))
     target = gguf.converted(Path("m.gguf"), "ab" * 32)
     assert target == found[1] and sorted(os.listdir(target)) == ["config.json", "model.safetensors"]
     assert os.listdir(tmp_path / "cache") == [target.name]  # the loser's copy is gone
@@ -34,7 +37,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path))
     monkeypatch.setattr(gguf, "_convert", convert)
-    with pytest.raises(ModelError, match="No space left .* FEDLOOM_CACHE"):
+    with pytest.raises(ModelError, match=r"No space left .* FEDLOOM_CACHE"):
         gguf.converted(Path("m.gguf"), "ab" * 32)
     assert os.listdir(tmp_path) == []
 

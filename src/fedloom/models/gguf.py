@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from safetensors import SafetensorError
 
 from fedloom.errors import ModelError
+
+_ABANDONED_S = 3600.0
 
 
 def cache_dir() -> Path:
@@ -32,6 +35,9 @@ def converted(file: Path, sha256: str) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f".{target.name}-*"):
+            if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(left, ignore_errors=True)  # by a process that was killed
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
             # The reader draws a progress bar of its own, and models are made with random weights before they are filled.
