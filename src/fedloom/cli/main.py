@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from click import ClickException
 from rich.console import Console
 
 from fedloom.errors import FedloomError
@@ -175,31 +176,27 @@ def verify(path: RunPath) -> None:
         raise typer.Exit(1)
 
 
-def main() -> None:
-    """The entry point: errors as one message, exit codes as documented."""
-    code: object = 0
+def call(args: list[str] | None = None) -> int:
+    """Run a command line (by default the process's own); errors become one message, and the exit code is returned."""
     try:
         # Without standalone mode an exit, Ctrl-C among them, comes back as its code; commands themselves return None.
-        code = app(standalone_mode=False) or 0
-    except KeyboardInterrupt:
-        code = 130
-    except typer.Abort:
-        code = 130
+        code = app(args, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
     except FedloomError as error:
         err.print(f"error: {error}", markup=False, soft_wrap=True)
-        code = error.exit_code
-    except BrokenPipeError:
-        code = 0
-    except Exception as error:
-        if not _is_usage(error):
-            raise
-        err.print(f"error: {error.format_message()}", markup=False, soft_wrap=True)  # type: ignore[attr-defined]
-        code = 2
-    sys.stdout.flush()
-    sys.stderr.flush()
+        return error.exit_code
+    except ClickException as error:
+        err.print(f"error: {error.format_message()} (fedloom --help)", markup=False, soft_wrap=True)
+        return 2
+
+
+def main() -> None:
+    """The entry point."""
+    code = call()
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     # Worker threads of the libraries below may take seconds to end: everything that matters is on disk by now.
-    os._exit(code if isinstance(code, int) else 1)
-
-
-def _is_usage(error: Exception) -> bool:
-    return hasattr(error, "format_message") and hasattr(error, "exit_code")
+    os._exit(code)

@@ -59,6 +59,8 @@ def tables(config: RunConfig) -> Tables:
         text = task.text or (glue[0] if glue else _text_column(train))
         columns = [*text, task.label]
     load.require(train, columns)
+    # Of the whole table: a class with few rows may be absent from a limited sample of it.
+    labels = labels_of(train, task.label) if task.kind == "classification" else []
     if held_out is None:
         stratify = task.label if task.kind == "classification" else None
         train, held_out = load.split(train, task.holdout, config.seed, stratify)
@@ -72,7 +74,6 @@ def tables(config: RunConfig) -> Tables:
     if task.proxy_data is not None:
         proxy = read(task.proxy_data)
         load.require(proxy, columns)
-    labels = labels_of(train, task.label) if task.kind == "classification" else []
     names = task.metrics or metrics.default_metrics(task.kind, task.data)
     return Tables(train, held_out, proxy, text, labels, names)
 

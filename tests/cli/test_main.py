@@ -1,0 +1,133 @@
+"""The command line as a user meets it: output, exit codes, one message for an error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedloom
+from fedloom import methods
+from fedloom.cli.main import call
+
+Settings = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def file(settings: Settings, tmp_path: Path) -> Path:
+    """A run file on the tiny encoder."""
+    path = tmp_path / "my.toml"
+    path.write_text(fedloom.RunConfig.model_validate(settings(train={"rounds": 2})).to_toml())
+    return path
+
+
+def test_run_evaluate_export_verify_sensitivity(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(tmp_path / "run")
+    assert call(["run", str(file), "--set", "method.name=fedit", "--set", "train.lr=2e-2", "--out", run]) == 0
+    text = capsys.readouterr().out
+    assert [line.split(":")[0] for line in text.splitlines() if line.startswith("round ")] == [
+        "round 0",
+        "round 1",
+        "round 2",
+    ]
+    assert f"adapter: {run}/adapter" in text and f"fedloom evaluate {run}" in text
+    config = (tmp_path / "run" / "run.toml").read_text()
+    assert 'name = "fedit"' in config and "lr = 0.02" in config
+
+    assert call(["evaluate", run]) == 0
+    shown = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    last = json.loads((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()[-1])["eval"]
+    assert {name: float(x) for name, x in shown.items()} == pytest.approx(last, abs=1e-5)
+
+    assert call(["export", run, str(tmp_path / "adapter")]) == 0
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    capsys.readouterr()
+    assert call(["verify", run]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {"ok"}
+    (tmp_path / "run" / "run.toml").write_text(config + "\n")
+    assert call(["verify", run]) == 1
+    assert "WRONG config" in capsys.readouterr().out
+
+    assert call(["sensitivity", run]) == 0
+    report = capsys.readouterr().out
+    assert len([line for line in report.splitlines() if line.split()[:1][0:] and line.split()[0] in
+                ("col", "row", "rank", "feature")]) == 16  # fmt: skip
+    assert "1.7" in report and "41" in report and "convention unknown" in report
+    assert call(["resume", run]) == 0
+
+
+def test_methods_lists_all_and_explains_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["methods"]) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in methods.names())
+    for name in methods.names():
+        assert call(["methods", name]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert "arXiv" in text and "rank" in text and "alpha" in text
+    assert call(["methods", "fslora"]) == 0
+    assert "a random k-subset" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["methods", "fslorra"], "did you mean 'fslora'"),
+        (["run", "nowhere.toml"], "no run file nowhere.toml"),
+        (["resume", "nowhere"], "nowhere is no run directory"),
+        (["verify", "nowhere"], "nowhere is no run directory"),
+        (["run", "--set", "train.rounds"], "expected KEY=VALUE"),
+        (["run", "--set", "train.roundz=3"], "did you mean 'rounds'"),
+        (["run", "--sett", "x"], "No such option"),
+        (["trian"], "trian"),
+    ],
+)
+def test_wrong_input_is_one_message_and_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and message in captured.err
+    assert "Traceback" not in captured.err and captured.out == ""
+
+
+def test_broken_toml_and_broken_jsonl_name_the_line(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.toml"
+    broken.write_text("seed = 0\n[model\n")
+    assert call(["run", str(broken)]) == 2
+    assert "line 2" in capsys.readouterr().err
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "who", "label": "a"}\n{"text": "wh\n')
+    assert call(["run", str(file), "--set", f"task.data={data}", "--out", str(tmp_path / "r")]) == 2
+    assert "line 2" in capsys.readouterr().err
+    data.write_text("")
+    assert call(["run", str(file), "--set", f"task.data={data}", "--out", str(tmp_path / "s")]) == 2
+    assert "empty" in capsys.readouterr().err
+
+
+def test_a_hub_that_is_not_reached_is_one_error(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for key in ("model.name=someone/some-model", "task.data=someone/some-data", "task.data=glue/cola"):
+        assert call(["run", str(file), "--set", key, "--out", str(tmp_path / key.replace("/", "-"))]) == 2
+        captured = capsys.readouterr().err
+        assert captured.startswith("error: ") and "hub" in captured.lower() and "Traceback" not in captured
+
+
+@pytest.mark.parametrize("command", ["run", "resume", "evaluate", "export", "methods", "sensitivity", "verify"])
+def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call([command, "--help"]) == 0
+    assert f"Example: fedloom {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from fedloom.cli.main import call; call(['--help']); "
+        "print([m for m in ('torch', 'transformers', 'datasets', 'flwr') if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines()[-1] == "[]"
