@@ -93,13 +93,13 @@ class Mean:
 
 
 def mean(uploads: Iterable[Upload], *roles: str, uniform: bool = False) -> State:
-    """Mean over clients of the roles named, weighted by examples (or not, if `uniform`).
+    """Mean over clients of the roles named (all by default), weighted by examples (or not, if `uniform`).
 
     Raises ValueError if there is no upload.
     """
     result = Mean()
     for upload in uploads:
-        result.add(only(upload.state, *roles), 1.0 if uniform else upload.client.examples)
+        result.add(only(upload.state, *roles) if roles else upload.state, 1.0 if uniform else upload.client.examples)
     if not result.weight:
         raise ValueError("the mean of no uploads is undefined; aggregate was called without any")
     return result.value
