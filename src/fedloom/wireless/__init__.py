@@ -1,1 +1,32 @@
+"""Wireless planning: who drops how much, on which share of the band, under latency and energy limits.
 
+FedLoDrop's second half (Xie, Wen, You, Chen, Bennis, Huang, "FedLoDrop: Federated LoRA with Dropout for Generalized LLM
+Fine-tuning", arXiv 2510.12078). numpy, scipy and cvxpy (only when a convex problem is solved); never imports torch.
+
+    fleet = read_fleet("fleet.toml")           # or random_fleet(devices=5, subcarriers=12, seed=0)
+    plan = allocate(fleet, solver="bnb")       # or "psca"
+    plan.keep                                  # {device id: keep rate}
+"""
+
+from fedloom.wireless.allocate import Allocation, allocate
+from fedloom.wireless.bound import Bound
+from fedloom.wireless.constants import Constants, from_run
+from fedloom.wireless.fleet import Fleet, random_fleet, read_fleet
+from fedloom.wireless.network import Network
+from fedloom.wireless.problem import Problem
+from fedloom.wireless.solve import Solution, Status
+
+__all__ = [
+    "Allocation",
+    "Bound",
+    "Constants",
+    "Fleet",
+    "Network",
+    "Problem",
+    "Solution",
+    "Status",
+    "allocate",
+    "from_run",
+    "random_fleet",
+    "read_fleet",
+]

@@ -228,7 +228,7 @@ class BoxBound:
             sure = node.low
         keep = feasible(self.problem, wish, sure)
         value, share = value_of(self.problem, keep)
-        if self.problem.bound.empirical == "sparsity" and not np.isfinite(cutoff):
+        if self.problem.bound.empirical == "sparsity" and not np.isfinite(cutoff) and lower < value - self.tolerance:
             better, other, _ = descend(self.problem, keep)
             value, share = (better, other) if better < value else (value, share)
         return Bounded(lower, value, share, lambda: self._split(node, wish, sure))
@@ -257,12 +257,12 @@ class BoxBound:
         return [Box(node.low, high), Box(low, node.high)]
 
 
-def descend(problem: Problem, keep: Array, iterations: int = 12) -> tuple[float, Array | None, int]:
+def descend(problem: Problem, keep: Array, iterations: int = 8) -> tuple[float, Array | None, int]:
     """Successive convex approximation from feasible rates: e by its tangent, until Phi stalls. Value, share, solves."""
     box = root(problem)
     best, point = value_of(problem, keep)
     for solves in range(1, iterations + 1):
-        _, wish, sure = relaxed(problem, box, tangent=keep, zooms=3)
+        _, wish, sure = relaxed(problem, box, tangent=keep, zooms=2)
         if least_hz(problem, sure).sum() > band_of(problem).total_hz:
             sure = box.low
         keep = feasible(problem, wish, sure)
@@ -285,7 +285,7 @@ def sca(problem: Problem, *, starts: int = 2, seed: int = 0, time_limit_s: float
     trace = [Progress(time.perf_counter() - began, 1, first.lower, best)]
     rng = np.random.default_rng([seed, 4])
     for _ in range(starts if problem.bound.empirical == "sparsity" and np.isfinite(best) else 0):
-        if time.perf_counter() - began > time_limit_s:
+        if time.perf_counter() - began > time_limit_s or best - first.lower <= 1e-7 * max(1.0, abs(best)):
             break
         keep = feasible(problem, rng.uniform(box.low, box.high), box.low)
         value, share, more = descend(problem, keep)

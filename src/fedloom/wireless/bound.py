@@ -71,21 +71,21 @@ class Bound:
     def stability(self, keep: ArrayLike, samples: ArrayLike) -> Array:
         """(14): pointwise hypothesis stability 2 eta^2 / ((Lambda_min + 2 lambda (1 - x^2)) n)."""
         x = np.asarray(keep, dtype=float)
-        return 2.0 * self.lipschitz**2 / (self._curvature(x * x) * np.asarray(samples, dtype=float))
+        return np.asarray(2.0 * self.lipschitz**2 / (self._curvature(x * x) * np.asarray(samples, dtype=float)))
 
     def penalty(self, keep: ArrayLike) -> Array:
         """e(x): the empirical error's growth with dropout, in units of A1. 0 at x = 1."""
         x = np.asarray(keep, dtype=float)
         if self.empirical == "sparsity":
-            return 1.0 - x * x
-        return 1.0 - x if self.empirical == "linear" else 1.0 / x - 1.0
+            return np.asarray(1.0 - x * x)
+        return np.asarray(1.0 - x if self.empirical == "linear" else 1.0 / x - 1.0)
 
     def penalty_slope(self, keep: ArrayLike) -> Array:
         """de/dx, negative."""
         x = np.asarray(keep, dtype=float)
         if self.empirical == "sparsity":
-            return -2.0 * x
-        return -np.ones_like(x) if self.empirical == "linear" else -1.0 / (x * x)
+            return np.asarray(-2.0 * x)
+        return -np.ones_like(x) if self.empirical == "linear" else np.asarray(-1.0 / (x * x))
 
     def _curvature(self, q: Array) -> Array:
         return np.asarray(self.curvature_min + 2.0 * self.regularisation * (1.0 - q))
@@ -154,9 +154,9 @@ class Bound:
 
     def _slope(self, rate: Array, q: Array, samples: ArrayLike) -> Array:
         """Slope of Phi along the common rate, over the weight of the devices not at their caps."""
-        return self.dropout_penalty * self.penalty_slope(rate) + 2.0 * rate * self.gap_slope(q, samples)
+        return np.asarray(self.dropout_penalty * self.penalty_slope(rate) + 2.0 * rate * self.gap_slope(q, samples))
 
 
 def weights(samples: Array) -> Array:
     """w_k = n_k / n."""
-    return samples / samples.sum()
+    return np.asarray(samples / samples.sum())

@@ -69,11 +69,13 @@ class Subcarriers:
     """(K, M) bit/s."""
     power_w: Array
     """(K,) transmit power on each subcarrier that a device holds."""
+    spacing_hz: float
+    """Width of one subcarrier."""
 
     @property
     def count(self) -> int:
         """M."""
-        return self.up.shape[1]
+        return int(self.up.shape[1])
 
     def rates(self, share: Array) -> Rates:
         """(30): rates add over subcarriers, and so does the power. `share` is (..., K, M), binary or relaxed."""

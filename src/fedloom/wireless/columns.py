@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,7 +141,7 @@ class ColumnBound:
         scale, since, bits = 1.0, 0, np.arange(self.count)
         for step in range(self.steps):
             full = cost + subset_sums(prices)[sets]
-            chosen = np.array([a + np.argmin(full[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True)])
+            chosen = np.array([a + np.argmin(full[a:b]) for a, b in pairwise(ends)])
             lower = constant + float(full[chosen].sum() - prices.sum())
             holds = (sets[chosen][:, None] >> bits & 1).astype(float)
             usage = 0.9 * usage + 0.1 * holds
@@ -167,7 +168,7 @@ class ColumnBound:
             if norm > 0.0:
                 prices = np.maximum(0.0, prices + scale * (goal - lower) / norm * slope)
         full = best_full
-        reduced = tuple(full[a:b] - full[a:b].min() for a, b in zip(ends[:-1], ends[1:], strict=True))
+        reduced = tuple(full[a:b] - full[a:b].min() for a, b in pairwise(ends))
         return _Dual(best.lower, best.prices, best.q, reduced, usage)
 
     def _costs(self, caps: Array, owner: NDArray[np.intp], q: float, n: float) -> tuple[Array, Array, float]:
@@ -237,11 +238,14 @@ class ColumnBound:
             open_pairs[k] = held.any(axis=0) & ~held.all(axis=0)
         if not open_pairs.any():
             return ()
-        k, m = np.unravel_index(np.argmin(np.where(open_pairs, np.abs(usage - 0.5), np.inf)), usage.shape)
+        score = np.where(open_pairs, np.abs(usage - 0.5), np.inf)
+        k, m = (int(index) for index in np.unravel_index(np.argmin(score), score.shape))
         children = []
         for yes in (True, False):
             picks = [
-                (sets >> m & 1).astype(bool) == (yes if j == k else False) if yes or j == k else np.ones(len(sets), bool)
+                (sets >> m & 1).astype(bool) == (yes if j == k else False)
+                if yes or j == k
+                else np.ones(len(sets), bool)
                 for j, sets in enumerate(left.sets)
             ]
             children.append(

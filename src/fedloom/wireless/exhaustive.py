@@ -22,7 +22,9 @@ def exhaustive(problem: Problem) -> Solution[Array]:
     devices, count = link_of(problem).up.shape
     total = (devices + 1) ** count
     if total > _MOST:
-        raise ConfigError(f"{devices} devices on {count} subcarriers have {total} assignments, expected at most {_MOST}: use bnb")
+        raise ConfigError(
+            f"{devices} devices on {count} subcarriers have {total} assignments, expected at most {_MOST}: use bnb"
+        )
     best, point = np.inf, None
     for start in range(0, total, _BLOCK):
         codes = np.arange(start, min(start + _BLOCK, total))

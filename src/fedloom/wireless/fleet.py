@@ -148,11 +148,15 @@ class Fleet(_Table):
             low, high = np.log(self.random.samples_min), np.log(max(self.random.samples_max, self.random.samples_min))
             for k in range(self.random.devices):
                 rng = np.random.default_rng([seed, _DEVICE, k])
-                distance = rng.uniform(self.random.distance_min_m, max(self.random.distance_max_m, self.random.distance_min_m))
+                distance = rng.uniform(
+                    self.random.distance_min_m, max(self.random.distance_max_m, self.random.distance_min_m)
+                )
                 samples = round(float(np.exp(rng.uniform(low, high))))
                 devices.append(DeviceTable(id=f"d{k}", samples=samples, distance_m=float(distance)))
         if not devices:
-            raise ConfigError("the fleet has no device, expected [[device]] entries or [random] devices = ...: add some")
+            raise ConfigError(
+                "the fleet has no device, expected [[device]] entries or [random] devices = ...: add some"
+            )
         ids = [device.id for device in devices]
         for name in ids:
             if ids.count(name) > 1:
@@ -185,6 +189,7 @@ class Fleet(_Table):
             lora_bits=model.bits_per_parameter * model.lora_parameters,
             bound=bound or Bound(**self.bound.model_dump()),
             keep_min=self.limits.keep_min,
+            local_epochs=model.local_epochs,
         )
 
     def _column(self, devices: list[DeviceTable], name: str) -> Array:
@@ -210,7 +215,7 @@ class Fleet(_Table):
             each = power / count
             up = shannon(band.subcarrier_hz, each[:, None] * gains / noise)
             down = shannon(band.subcarrier_hz, band.server_power_w / count * gains / noise)
-            return Subcarriers(up, down, each)
+            return Subcarriers(up, down, each, band.subcarrier_hz)
         total = band.bandwidth_hz or band.subcarriers * band.subcarrier_hz
         gain = gains[:, 0]
         return Band(total, power * gain / noise, band.server_power_w / len(devices) * gain / noise, power)
@@ -229,7 +234,9 @@ class Fleet(_Table):
                 )
             return from_db(device.gain_db)
         flat = float(path_gain(device.distance_m) if device.distance_m is not None else from_db(device.gain_db or 0.0))
-        fading = np.random.default_rng([seed, _FADING, k]).exponential(size=count) if self.band.fading else np.ones(count)
+        fading = (
+            np.random.default_rng([seed, _FADING, k]).exponential(size=count) if self.band.fading else np.ones(count)
+        )
         return flat * fading
 
 
@@ -284,9 +291,8 @@ def _explain(error: ValidationError, raw: dict[str, Any]) -> str:
     place, key = _place(where, raw), str(where[-1])
     if found["type"] == "extra_forbidden":
         known = _known(where[:-1])
-        return (
-            f"{place} has the unknown key {key!r}{nearest(key, known)} (known: {', '.join(known)}; the unit is part of a key)"
-        )
+        meant = nearest(key, known)
+        return f"{place} has the unknown key {key!r}{meant} (known: {', '.join(known)}; the unit is part of a key)"
     if found["type"] == "missing":
         return f"{place} lacks {key!r}: add {key} = ..."
     text = found["msg"][0].lower() + found["msg"][1:]

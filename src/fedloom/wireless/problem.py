@@ -21,7 +21,6 @@ from fedloom.wireless import channel
 from fedloom.wireless.bound import Bound, weights
 from fedloom.wireless.channel import Array, Band, Compute, Energy, Latency, Rates, Subcarriers
 
-
 Pick = int | slice | NDArray[np.intp]
 """Which device a rate belongs to: all along the last axis, one, or an array of indices that broadcasts."""
 
@@ -44,6 +43,8 @@ class Problem:
     """b: sent at keep = 1 besides."""
     bound: Bound
     keep_min: float = 0.05
+    local_epochs: float = 1.0
+    """Passes over the local data that `compute` stands for."""
 
     def __post_init__(self) -> None:
         devices = len(self.ids)
@@ -64,6 +65,8 @@ class Problem:
                 raise ConfigError(f"{name} is {number}, expected a finite number above 0")
         if not 0.0 < self.keep_min <= 1.0:
             raise ConfigError(f"keep_min is {self.keep_min}, expected a number above 0 and at most 1")
+        if not self.local_epochs > 0.0:
+            raise ConfigError(f"local_epochs is {self.local_epochs}, expected a number above 0")
         if not 0.0 <= self.fixed_bits < np.inf:
             raise ConfigError(f"fixed_bits is {self.fixed_bits}, expected a finite number of at least 0")
 
@@ -71,6 +74,11 @@ class Problem:
     def weights(self) -> Array:
         """w_k = n_k / n, (K,)."""
         return weights(self.samples)
+
+    @property
+    def planned_samples(self) -> Array:
+        """(K,) samples trained on in a round, counted once a pass: what `compute` stands for."""
+        return self.samples * self.local_epochs
 
     def payload_bits(self, keep: Array) -> Array:
         """(28): bits in one direction."""

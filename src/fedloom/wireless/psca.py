@@ -13,13 +13,12 @@ ever). The rounded end of every start is evaluated exactly by (35), (27) and rep
 from __future__ import annotations
 
 import time
-import warnings
 from dataclasses import dataclass
 
-import cvxpy as cp
 import numpy as np
 
 from fedloom.wireless.channel import Array
+from fedloom.wireless.cvx import SOLVER, Constraint, Expression, cp, solved, value
 from fedloom.wireless.problem import Problem
 from fedloom.wireless.scaled import Scaled, binary_majorant
 from fedloom.wireless.search import Owners, greedy, improve, rounded, share_of, value_of
@@ -47,7 +46,7 @@ class Iterate:
 class Surrogate:
     """The convex problem of one iteration, compiled once and re-solved with other parameters."""
 
-    def __init__(self, scaled: Scaled, solver: str = "CLARABEL") -> None:
+    def __init__(self, scaled: Scaled, solver: str = SOLVER) -> None:
         self.scaled = scaled
         self.solver = solver
         devices, count = scaled.up.shape
@@ -62,7 +61,9 @@ class Surrogate:
         down = cp.sum(cp.multiply(scaled.down, self.share), axis=1)
         held = cp.sum(self.share, axis=1)
         eta, nu = cp.multiply(self._y_inv, self.y), cp.multiply(self._rate_inv, up)
-        load = cp.multiply(self._unit, cp.multiply(scaled.power_w / scaled.spare_j, held) + cp.multiply(scaled.e1 / scaled.spare_j, up))
+        load = cp.multiply(
+            self._unit, cp.multiply(scaled.power_w / scaled.spare_j, held) + cp.multiply(scaled.e1 / scaled.spare_j, up)
+        )
         gap, gap_constraints = gap_epigraph(scaled, self.y)
         if scaled.bound.empirical == "rescaled":
             penalty = scaled.weights @ convex_penalty(scaled, self.y)
@@ -90,7 +91,7 @@ class Surrogate:
         self._y_inv.value, self._rate_inv.value, self._unit.value = 1.0 / y, 1.0 / rate, 1.0 / (rate * y)
         if not solved(self.problem, self.solver):
             return None
-        return np.clip(self.share.value, 0.0, 1.0), np.clip(self.y.value, 1.0, self.scaled.y_max)
+        return value(self.share, 0.0, 1.0), value(self.y, 1.0, self.scaled.y_max)
 
     def objective(self, share: Array, y: Array, zeta: float) -> float:
         """What the surrogate majorises: the penalised objective with the original functions."""
@@ -104,7 +105,7 @@ class Surrogate:
         return phi + zeta * float(binary_majorant(share, share).sum()) + _SLACK * float((late + over).sum())
 
 
-def gap_epigraph(scaled: Scaled, y: cp.Variable) -> tuple[cp.Expression, list[cp.Constraint]]:
+def gap_epigraph(scaled: Scaled, y: Expression) -> tuple[Expression, list[Constraint]]:
     """The gap term from below by tangents, (39), and its constraints: x >= (1/y - a)/b, q >= sum w x^2."""
     devices = len(scaled.weights)
     keep = cp.Variable(devices, nonneg=True)
@@ -120,22 +121,11 @@ def gap_epigraph(scaled: Scaled, y: cp.Variable) -> tuple[cp.Expression, list[cp
     return scaled.weights @ gap, constraints
 
 
-def convex_penalty(scaled: Scaled, y: cp.Variable) -> cp.Expression:
+def convex_penalty(scaled: Scaled, y: Expression) -> Expression:
     """`rescaled` e(y) = b y / (1 - a y) - 1, convex."""
     if scaled.a == 0.0:
         return y - 1.0
     return (scaled.b / scaled.a) * (cp.inv_pos(1.0 - scaled.a * y) - 1.0) - 1.0
-
-
-def solved(problem: cp.Problem, solver: str) -> bool:
-    """Solve with cached compilation; False where the solver failed or found the problem infeasible."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "solution may be inaccurate": judged by exact evaluation afterwards
-        try:
-            problem.solve(solver=solver, warm_start=True)
-        except cp.error.SolverError:
-            return False
-    return problem.status in (cp.OPTIMAL, cp.OPTIMAL_INACCURATE)
 
 
 def iterate(
@@ -186,7 +176,7 @@ def psca(
     seed: int = 0,
     time_limit_s: float = np.inf,
     lower: float = -np.inf,
-    solver: str = "CLARABEL",
+    solver: str = SOLVER,
 ) -> Solution[Array]:
     """A good point without proof: P-SCA from several starts, each rounded and repaired. Point: share (K, M).
 
@@ -228,5 +218,5 @@ def _start(index: int, first: Owners, devices: int, count: int, rng: np.random.G
 
 
 def _better(problem: Problem, candidate: Owners, best: float, owners: Owners) -> tuple[float, Owners]:
-    value = value_of(problem, candidate)
-    return (value, candidate) if value < best else (best, owners)
+    worth = value_of(problem, candidate)
+    return (worth, candidate) if worth < best else (best, owners)

@@ -4,8 +4,8 @@ A node fixes some rho_{k,m} to 0 or 1. Two lower bounds, both derived: the singl
 every subcarrier not excluded; for energy the best reachable average rate), and the relaxation rho in [0, 1] with
 McCormick variables v for y rho, (40), the chord of a concave e and tangents of G.
 
-The relaxation is one cvxpy problem with parameters (DPP): compiled once, then re-solved. Solvers tried on it and on the
-P-SCA surrogate, on one core of a shared machine: see `SOLVER_NOTES`.
+The relaxation is one cvxpy problem with parameters (DPP): compiled once, then re-solved; `cvx` says which solvers
+were tried.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import cvxpy as cp
 import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.wireless.channel import Array, Rates
+from fedloom.wireless.cvx import SOLVER, cp, solved, value
 from fedloom.wireless.problem import Problem
-from fedloom.wireless.psca import convex_penalty, gap_epigraph, solved
+from fedloom.wireless.psca import convex_penalty, gap_epigraph
 from fedloom.wireless.scaled import Scaled
 from fedloom.wireless.search import improve, link_of, rounded, share_of, value_of
 from fedloom.wireless.solve import Bounded
@@ -75,7 +75,7 @@ def lone_caps(problem: Problem, box: Box) -> Array:
 class RelaxationBound:
     """`bound` for `branch_and_bound` over `Box`. Points are shares (K, M)."""
 
-    def __init__(self, problem: Problem, *, tolerance: float = 1e-5, solver: str = "CLARABEL") -> None:
+    def __init__(self, problem: Problem, *, tolerance: float = 1e-5, solver: str = SOLVER) -> None:
         self.problem = problem
         self.tolerance = tolerance
         self.solver = solver
@@ -122,8 +122,8 @@ class RelaxationBound:
             return Bounded(fast)
         if (node.given == node.allowed).all():
             share = node.given.astype(float)
-            value = float(self.problem.value_of_caps(self.problem.caps(share)))
-            return Bounded(value, value, share if np.isfinite(value) else None)
+            worth = float(self.problem.value_of_caps(self.problem.caps(share)))
+            return Bounded(worth, worth, share if np.isfinite(worth) else None)
         lower, share = self.relax(node, caps)
         lower = max(fast, lower)
         if lower >= cutoff - self.tolerance:
@@ -131,9 +131,9 @@ class RelaxationBound:
         owners = rounded(self.problem, share)
         if not np.isfinite(cutoff) or not node.given.any():
             owners = improve(self.problem, owners)
-        value = value_of(self.problem, owners)
-        point = share_of(owners, len(caps)) if np.isfinite(value) else None
-        return Bounded(lower, value, point, lambda: self._split(node, share))
+        worth = value_of(self.problem, owners)
+        point = share_of(owners, len(caps)) if np.isfinite(worth) else None
+        return Bounded(lower, worth, point, lambda: self._split(node, share))
 
     def relax(self, node: Box, caps: Array) -> tuple[float, Array]:
         """Lower bound and relaxed share; (+inf, .) if the relaxation is infeasible, (-inf, .) if the solver failed."""
@@ -148,9 +148,9 @@ class RelaxationBound:
         if not solved(self._model, self.solver):
             proven = self._model.status == cp.INFEASIBLE
             return (np.inf if proven else -np.inf), np.where(node.allowed, 0.5, 0.0)
-        value = scaled.bound.base_error + float(self._model.value)
+        least = scaled.bound.base_error + float(self._model.value)
         exact = self._model.status == cp.OPTIMAL
-        return value - _SAFETY * max(1.0, abs(value)) if exact else -np.inf, np.clip(self.share.value, 0.0, 1.0)
+        return least - _SAFETY * max(1.0, abs(least)) if exact else -np.inf, value(self.share, 0.0, 1.0)
 
     def _split(self, node: Box, share: Array) -> Sequence[Box]:
         """The most fractional free share, to 1 and to 0; among equals the largest rate."""

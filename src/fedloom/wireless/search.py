@@ -54,7 +54,9 @@ class _Prices:
     @staticmethod
     def at(problem: Problem, caps: Array) -> _Prices:
         keep = problem.best(caps)
-        free = keep.max() if problem.bound.gap == "pooled" else problem.bound.free_rates(problem.samples, problem.keep_min)
+        free = (
+            keep.max() if problem.bound.gap == "pooled" else problem.bound.free_rates(problem.samples, problem.keep_min)
+        )
         rates = np.broadcast_to(np.asarray(free), caps.shape)
         prices = _Prices(problem, rates, caps, caps)
         own, squares = prices.parts(caps, np.arange(len(caps)))
@@ -135,7 +137,9 @@ def _candidates(
     m = np.arange(count)
     k = np.arange(devices)[:, None]
 
-    gain = problem.caps_of(Rates(rates.up[:, None] + link.up, rates.down[:, None] + link.down, power[:, None] + link.power_w[:, None]), k)
+    gain = problem.caps_of(
+        Rates(rates.up[:, None] + link.up, rates.down[:, None] + link.down, power[:, None] + link.power_w[:, None]), k
+    )
     lone = share.sum(axis=1)[owner] <= 1
     up_left = np.where(lone, 0.0, rates.up[owner] - link.up[owner, m])
     down_left = np.where(lone, 0.0, rates.down[owner] - link.down[owner, m])

@@ -1,0 +1,70 @@
+"""What `fedloom allocate` does, without a command line: read, solve, print, write."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import cast
+
+from rich.console import Console
+
+from fedloom.errors import ConfigError
+from fedloom.wireless.allocate import Solver, allocate
+from fedloom.wireless.bound import Bound
+from fedloom.wireless.constants import from_run
+from fedloom.wireless.fleet import Fleet, read_fleet
+from fedloom.wireless.report import print_allocation
+
+
+def allocate_command(
+    fleet: Path,
+    solver: str = "bnb",
+    as_json: bool = False,
+    out: Path | None = None,
+    time_limit_s: float = 60.0,
+    sweep: Path | None = None,
+    constants_from: Path | None = None,
+    seed: int | None = None,
+) -> None:
+    """Allocate for a fleet file and print a table, or JSON; write the allocation to `out`, sweeps to the folder `sweep`.
+
+    `constants_from` is a run directory that replaces C, eta, A1, Lambda_min of [bound]. `seed` None means the file's. Raises
+    ConfigError with one message for a bad file, a fleet that no plan serves, or a place that cannot be written.
+    """
+    console = Console()
+    described = read_fleet(fleet)
+    problem = described.problem(seed, bound=_bound(described, constants_from))
+    if out is not None and not out.parent.exists():
+        raise ConfigError(f"the folder {out.parent} of --out does not exist: make it, or give another")
+    allocation = allocate(problem, cast(Solver, solver), time_limit_s, described.seed if seed is None else seed)
+    try:
+        text = allocation.to_json(out)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written ({error.strerror or error}): give another place") from None
+    if as_json:
+        print(text, end="")
+    else:
+        print_allocation(allocation, console)
+        if out is not None:
+            console.print(f"written to {out}", highlight=False)
+    if sweep is not None:
+        from fedloom.wireless.sweep import draw_all
+
+        for path in draw_all(sweep, fleet=described, seed=seed):
+            if not as_json:
+                console.print(f"drawn {path}", highlight=False)
+
+
+def _bound(fleet: Fleet, run_dir: Path | None) -> Bound | None:
+    if run_dir is None:
+        return None
+    found = from_run(run_dir).bound(fleet.bound.empirical, fleet.bound.gap)
+    own = fleet.bound
+    return replace(found, base_error=own.base_error, regularisation=own.regularisation, failure=own.failure)
+
+
+def constants_command(run_dir: Path) -> None:
+    """Print a run's constants as a [bound] table for a fleet file."""
+    print("[bound]")
+    for name, value in asdict(from_run(run_dir).bound()).items():
+        print(f"{name} = {value!r}" if isinstance(value, str) else f"{name} = {value:.6g}")

@@ -1,0 +1,94 @@
+"""An allocation as tables on a terminal (rich)."""
+
+from __future__ import annotations
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fedloom.wireless.allocate import Allocation
+
+_PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u"))
+
+
+def quantity(value: float, unit: str) -> str:
+    """Three digits with an SI prefix.
+
+    >>> quantity(12_345_678.0, "bit/s")
+    '12.3 Mbit/s'
+    """
+    for factor, prefix in _PREFIXES:
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def print_allocation(allocation: Allocation, console: Console | None = None) -> None:
+    """The plan, its cost in seconds and joules, what it is worth and how well that is known. Fits 80 columns."""
+    console = console or Console()
+    console.print(plan_table(allocation))
+    console.print(cost_table(allocation))
+    console.print(summary(allocation), highlight=False, soft_wrap=True)
+
+
+def plan_table(allocation: Allocation) -> Table:
+    """Who keeps how much on what share of the band, and the limit that holds it there."""
+    whole = allocation.mode == "subcarrier"
+    share = "subcarriers" if whole else "bandwidth"
+    table = _table("device", "keep", share, "up", "down", "held by", left=("device", share, "held by"))
+    for device in allocation.devices:
+        table.add_row(
+            device.id,
+            f"{device.keep:.3f}",
+            ranges(device.subcarriers) if device.subcarriers is not None else quantity(device.bandwidth_hz, "Hz"),
+            quantity(device.rate_up_bit_s, "bit/s"),
+            quantity(device.rate_down_bit_s, "bit/s"),
+            ", ".join(device.binds) or "-",
+        )
+    return table
+
+
+def cost_table(allocation: Allocation) -> Table:
+    """Latency and energy of a round, in parts."""
+    parts = ("down", "compute", "up", "total s", "limit s", "send", "compute", "rest", "total J", "limit J")
+    table = _table("device", *parts, left=("device",))
+    for device in allocation.devices:
+        numbers = [device.down_s, device.compute_s, device.up_s, device.latency_s, allocation.latency_limit_s]
+        numbers += [device.transmit_j, device.compute_j, device.overhead_j, device.energy_j, device.energy_limit_j]
+        table.add_row(device.id, *(f"{number:.3g}" for number in numbers))
+    return table
+
+
+def _table(*columns: str, left: tuple[str, ...]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=name == "device")
+    return table
+
+
+def ranges(numbers: tuple[int, ...]) -> str:
+    """Runs of numbers, short.
+
+    >>> ranges((0, 1, 2, 5, 7, 8))
+    '0-2 5 7-8'
+    """
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts) or "none"
+
+
+def summary(allocation: Allocation) -> str:
+    """The objective in its parts, its bracket, and how the search went."""
+    lower = f"{allocation.lower:.8g}" if np.isfinite(allocation.lower) else "not known"
+    gap = f" (gap {100.0 * allocation.relative_gap:.2g} %)" if np.isfinite(allocation.lower) else ""
+    what = "nodes" if allocation.solver == "bnb" else "convex solves"
+    return (
+        f"bound {allocation.objective:.8g} = empirical {allocation.empirical:.6g} + gap {allocation.gap:.6g}\n"
+        f"lower {lower}, upper {allocation.upper:.8g}{gap}\n"
+        f"{allocation.solver}: {allocation.nodes} {what} in {allocation.seconds:.2f} s; {allocation.status.value}"
+    )
