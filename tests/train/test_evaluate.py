@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def test_causal_loss_is_the_mean_over_answer_tokens(name: str, build: Any, rows:
     with Trainer(family.model, family.sites, family.heads) as trainer:
         result = trainer.evaluate(FedIT(), work, data, batch_size=4)
     merge(family, work)
-    batch = collate([(data, list(range(9)))])
+    batch = collate([(data, np.arange(9))])
     with torch.no_grad():
         wanted = family.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
     assert result.loss == pytest.approx(float(wanted), abs=1e-6)  # transformers' loss is float32

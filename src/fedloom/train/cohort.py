@@ -43,7 +43,9 @@ def run(
 ) -> list[tuple[State, dict[str, float]]]:
     """Train the members together; what each trained, on the CPU, and its metrics. Members come with most batches first."""
     dtype = state_dtype([m.work for m in members])
-    compute = host.ready(dtype, members[0].work.base, [m.data for m in members])
+    # Dropout is drawn for rows as they are padded.
+    dense = not settings.dropout and not settings.base_dropout
+    compute = host.ready(dtype, members[0].work.base, [m.data for m in members], dense)
     host.train(settings.base_dropout, settings.checkpointing)
     layout, flat = pack([m.work.train for m in members], dtype, host.device)
     fixed = [moved(m.work.fixed, dtype, host.device) for m in members]

@@ -10,14 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedloom.core import Group
 from fedloom.data.text import Batch, Encoded, Kind
 from fedloom.errors import ModelError
+from fedloom.train import packing
 from fedloom.train.adapter import Delta, Dropout, Offset, inject
 from fedloom.train.attention import AttentionName, choose
-from fedloom.train.loss import AnswersOnly, answer_positions
+from fedloom.train.loss import answer_positions
 
 
 class Host:
@@ -41,6 +43,9 @@ class Host:
         self._blocks: list[Any] = [
             module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
         ]
+        self._hooks: list[RemovableHandle] = []
+        self._packed = False
+        self._read: Tensor | None = None  # (N,) the tokens, of all in a batch, that the model's head sees
         self._accepted = inspect.signature(model.forward).parameters
 
     def close(self) -> None:
@@ -54,11 +59,17 @@ class Host:
         self.model.eval()
         for block in self._blocks:
             block.gradient_checkpointing = False
+        while self._hooks:
+            self._hooks.pop().remove()
+        self._read = None
 
-    def ready(self, state_dtype: torch.dtype, offset: Mapping[str, Group], data: Sequence[Encoded]) -> torch.dtype:
+    def ready(
+        self, state_dtype: torch.dtype, offset: Mapping[str, Group], data: Sequence[Encoded], pack: bool = True
+    ) -> torch.dtype:
         """Cast the model, choose its attention for rows as long as those of `data` and add an offset to its weights.
 
-        `offset` has the roles of `Work.base`. Returns the dtype to compute in: float64 for states of float64.
+        `offset` has the roles of `Work.base`. Batches are packed where `pack` and the architecture allow it. Returns the
+        dtype to compute in: float64 for states of float64.
         """
         self.rest()
         compute = torch.float64 if state_dtype == torch.float64 else self._dtype
@@ -66,7 +77,11 @@ class Host:
             # Parameters only: buffers such as rotary frequencies keep the precision that the model gave them.
             if parameter.is_floating_point() and parameter.dtype != compute:
                 parameter.data = parameter.data.to(compute)
+        kind = data[0].kind
+        readers = packing.readers(self.model, kind) if pack and self._attention == "auto" else None
+        self._packed = readers is not None
         self._attend(compute, data)
+        self._read_only(kind, readers or ())
         for site, factors in self._offsets(offset, compute).items():
             self._adapted.sites[site].offset = factors
         return compute
@@ -108,21 +123,69 @@ class Host:
 
     def logits(self, batch: Batch, kind: Kind) -> Tensor:
         """Logits (K * b, classes), or (N, vocabulary) for the N positions of `answer_positions` of a causal LM."""
-        arguments: dict[str, object] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        if batch.token_type_ids is not None:
-            arguments["token_type_ids"] = batch.token_type_ids
+        read = answer_positions(batch)[0] if kind == "causal-lm" else None
+        if self._packed:
+            packed = packing.pack_batch(batch, causal=kind == "causal-lm")
+            self._read = packed.slots[:, 0] if read is None else packed.slots.flatten()[read]
+            arguments: dict[str, Any] = {
+                "input_ids": packed.input_ids,
+                "attention_mask": torch.ones_like(packed.input_ids),
+                "position_ids": packed.position_ids + packing.first_position(self.model),
+                "token_type_ids": packed.token_type_ids,
+                "packing": packed,
+            }
+        else:
+            self._read = read
+            arguments = {
+                "input_ids": batch.input_ids,
+                "attention_mask": batch.attention_mask,
+                "token_type_ids": batch.token_type_ids,
+            }
         if "use_cache" in self._accepted:
             arguments["use_cache"] = False
-        if kind != "causal-lm":
-            logits: Tensor = self.model(**arguments).logits
-            return logits
-        with AnswersOnly(self.model, answer_positions(batch)[0]):
-            answers: Tensor = self.model(**arguments).logits
-        return answers.squeeze(0)
+        logits: Tensor = self.model(**{name: x for name, x in arguments.items() if x is not None}).logits
+        return logits.flatten(0, -2)
+
+    def _read_only(self, kind: Kind, readers: Sequence[str]) -> None:
+        """Have the modules named, and a vocabulary head, see only the tokens in `_read`, until `rest`.
+
+        The vocabulary is the widest product of a small language model, and most positions are prompt or padding. What a model
+        does to its logits afterwards (scaling, soft caps) still happens.
+        """
+
+        def select(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            # (K, T, H) or (K * b, L, H) -> (1, N, H); a model that generates reads everything.
+            read = self._read
+            return None if read is None else tuple(x.flatten(0, 1).index_select(0, read).unsqueeze(0) for x in inputs)
+
+        def select_by_client(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            # (K, T, H) -> (K, b, H), so that adapters after it find the rows of their clients.
+            chosen = select(module, inputs)
+            return (
+                None
+                if chosen is None
+                else tuple(x.view(y.shape[0], -1, x.shape[-1]) for x, y in zip(chosen, inputs, strict=True))
+            )
+
+        def by_row(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(x.flatten(0, 1).unsqueeze(1) for x in inputs)  # (K, b, H) -> (K * b, 1, H)
+
+        hooks: list[tuple[nn.Module, Any]] = []
+        if kind == "causal-lm":
+            find = getattr(self.model, "get_output_embeddings", None)
+            head = find() if find is not None else None
+            if head is None:
+                raise ModelError(f"{type(self.model).__name__} has no vocabulary head: load a causal language model")
+            hooks.append((head, select))
+        for name, hook in zip(readers, (select_by_client, by_row), strict=False):
+            hooks.append((self.model.get_submodule(name), hook))
+        self._hooks = [module.register_forward_pre_hook(hook) for module, hook in hooks]
 
     def _attend(self, compute: torch.dtype, data: Sequence[Encoded]) -> None:
-        name = self._attention
-        if name == "auto":
+        name: str = self._attention
+        if self._packed:
+            name = packing.NAME
+        elif name == "auto":
             tokens, rows = sum(len(d.tokens) for d in data), sum(len(d) for d in data)
             name = choose(self.device, compute, tokens // max(1, rows))
         # Plain modules have no attention of transformers' to choose.

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fedloom.data.text import IGNORE, Batch, Kind
-from fedloom.errors import ModelError
 
 
 def client_losses(kind: Kind, logits: Tensor, batch: Batch) -> Tensor:
@@ -46,31 +43,3 @@ def answer_positions(batch: Batch) -> tuple[Tensor, Tensor]:
     labels = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE).flatten()
     positions = torch.nonzero(labels != IGNORE).squeeze(1)
     return positions, labels[positions]
-
-
-class AnswersOnly:
-    """While open, the model's vocabulary head sees only the positions in `keep` (N,): logits (1, N, vocabulary).
-
-    The vocabulary is the widest product of a small language model, and most positions are prompt or padding. What a model
-    does to its logits afterwards (scaling, soft caps) still happens.
-    """
-
-    def __init__(self, model: nn.Module, keep: Tensor) -> None:
-        find = getattr(model, "get_output_embeddings", None)
-        head = find() if find is not None else None
-        if head is None:
-            raise ModelError(f"{type(model).__name__} has no vocabulary head: load a causal language model")
-        self._head: nn.Module = head
-        self._keep = keep
-
-    def __enter__(self) -> None:
-        self._hook = self._head.register_forward_pre_hook(self._select)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._hook.remove()
-
-    def _select(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = inputs[0]
-        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._keep).unsqueeze(0), *inputs[1:])

@@ -113,7 +113,10 @@ class Trainer:
         size = batch_size or 8 * self.settings.batch_size
         total, count = 0.0, 0.0
         found: list[Tensor] = []
-        with torch.no_grad(), self.loaded(method, work, data):  # no inference mode: a cast made in it could not be trained on
+        with (
+            torch.no_grad(),
+            self.loaded(method, work, data),
+        ):  # no inference mode: a cast made in it could not be trained on
             for first in range(0, len(rows), size):
                 batch = collate([(data, rows[first : first + size])]).to(self._host.device)
                 logits = self._host.logits(batch, data.kind)
@@ -145,23 +148,23 @@ class Trainer:
         return [answers[i] for i in range(len(data))]
 
     def loaded(self, method: Method, work: Work, data: Encoded) -> Loaded:
-        """The model as one client's `work` describes it, for the length of a `with` block.
+        """The model as one client's `work` describes it, for the length of a `with` block, to be called as any other.
 
-        `data` is only looked at for the length of its rows.
+        `data` is only looked at for its kind and the length of its rows.
         """
-        return Loaded(self._host, method, work, data)
+        return Loaded(self._host, method, work, data, pack=False)
 
 
 class Loaded:
     """A context that holds one client's adapter, head and offset on the model, as constants."""
 
-    def __init__(self, host: Host, method: Method, work: Work, data: Encoded) -> None:
-        self._host, self._method, self._work, self._data = host, method, work, data
+    def __init__(self, host: Host, method: Method, work: Work, data: Encoded, pack: bool) -> None:
+        self._host, self._method, self._work, self._data, self._pack = host, method, work, data, pack
 
     def __enter__(self) -> nn.Module:
         host, work = self._host, self._work
         dtype = cohort.state_dtype([work])
-        compute = host.ready(dtype, work.base, [self._data])
+        compute = host.ready(dtype, work.base, [self._data], self._pack)
         layout, flat = pack([work.train], dtype, host.device)
         fixed = [cohort.moved(work.fixed, dtype, host.device)]
         A, B, views = Factors(self._method, layout, fixed)(flat, compute)

@@ -1,0 +1,200 @@
+"""How long a client's local step takes, against the loop a person writes with PEFT. One command:
+
+    python benchmarks/training.py [--quick] [--threads 2]
+
+All-MiniLM-L6-v2 on TREC questions, LoRA of rank 8 on query and value plus the classification head, AdamW. Every line does the
+same batches. The lines take turns within one process, so that a busy spell meets all of them, and each counts with its best turn,
+as timeit does: what disturbs a turn only ever makes it slower. The median is printed beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig, TaskType, get_peft_model
+
+from fedloom import lora
+from fedloom.core import Client, State, Work
+from fedloom.data import packaged
+from fedloom.data.text import Encoded, collate, encode_labelled, schedule
+from fedloom.methods.fedit import FedIT
+from fedloom.models.huggingface import default_targets, find_sites, load_base
+from fedloom.train.optim import Settings
+from fedloom.train.trainer import Trainer
+
+RANK, LR, T = 8, 1e-3, 1
+Plan = list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One way of doing the same training."""
+
+    name: str
+    batch_size: int
+    clients: int
+    """How many clients a turn trains: slow lines do fewer, times are per client step."""
+    train: Callable[[int], None]
+    """Train the first n clients."""
+
+
+def machine() -> str:
+    """Processor, cores, threads and versions, in one line."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = next(
+        (x.partition(":")[2].strip() for x in info.splitlines() if x.startswith("model name")), platform.machine()
+    )
+    flags = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {f} " in f"{info} ".replace("\n", " ")]
+    cores = torch.get_num_threads()
+    return f"{model}, {cores} threads, {' '.join(flags)}; torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def peft_line(
+    name: str,
+    model: torch.nn.Module,
+    data: Sequence[Encoded],
+    plans: Sequence[Plan],
+    *,
+    evaluating: bool,
+    fixed: int = 0,
+) -> Callable[[int], None]:
+    """The usual loop: get_peft_model, train(), AdamW, one client after another."""
+    config = LoraConfig(task_type=TaskType.SEQ_CLS, r=RANK, lora_alpha=2 * RANK, target_modules=["query", "value"])
+    peft = get_peft_model(copy.deepcopy(model), config)
+    start = {n: p.detach().clone() for n, p in peft.named_parameters() if p.requires_grad}
+
+    def train(n: int) -> None:
+        for encoded, plan in zip(data[:n], plans[:n], strict=True):
+            with torch.no_grad():
+                for key, p in peft.named_parameters():
+                    if p.requires_grad:
+                        p.copy_(start[key])
+            optimizer = torch.optim.AdamW((p for p in peft.parameters() if p.requires_grad), lr=LR, weight_decay=0.0)
+            peft.train(not evaluating)
+            for rows in plan:
+                batch = collate([(encoded, rows)], multiple=fixed or 1)
+                loss = peft(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return train
+
+
+def our_line(
+    model: torch.nn.Module,
+    sites: dict[str, tuple[int, int]],
+    head: Sequence[str],
+    data: Sequence[Encoded],
+    batch_size: int,
+    dtype: torch.dtype,
+    together: int,
+) -> Callable[[int], None]:
+    """Trainer.fit on cohorts of `together` clients."""
+    settings = Settings(lr=LR, batch_size=batch_size, clip=None)
+    model = copy.deepcopy(model)
+    state: State = lora.init(sites, RANK, lora.generator(0, "benchmark"))
+    state["head"] = {n: p.detach().clone() for n, p in model.named_parameters() if n.rpartition(".")[0] in head}
+    trainer = Trainer(model, sites, head, settings=settings, dtype=dtype)
+    works = [(Client(f"client-{k}", len(d), RANK), Work(train=state, scale=2.0)) for k, d in enumerate(data)]
+
+    def train(n: int) -> None:
+        for first in range(0, n, together):
+            trainer.fit(FedIT(rank=RANK), works[first : first + together], data[first : first + together], T)
+
+    return train
+
+
+def trec(tokenizer: Any, clients: int, rows: int) -> list[Encoded]:
+    """Questions of each client."""
+    columns = packaged.read("trec")
+    if columns is None:
+        raise SystemExit(packaged.absent("trec"))
+    chosen = torch.randperm(len(columns["text"]), generator=lora.generator(0, "questions"))[: clients * rows].tolist()
+    ds = Dataset.from_dict({name: [column[i] for i in chosen] for name, column in columns.items()})
+    encoded = encode_labelled(ds, tokenizer, ["text"], "label", None, 128)
+    return [encoded.select(range(k * rows, (k + 1) * rows)) for k in range(clients)]
+
+
+def lines(clients: int, rows: int) -> tuple[list[Line], dict[int, list[Plan]]]:
+    """Everything that is compared, the PEFT loop first."""
+    base = load_base("minilm", kind="classification", num_labels=6)
+    sites = find_sites(base.model, default_targets(base.model))
+    data = trec(base.tokenizer, clients, rows)
+    plans = {b: [schedule(d.lengths, b, (0, T, f"client-{k}"), epochs=1) for k, d in enumerate(data)] for b in (4, 8)}
+    few = max(1, clients // 4)
+    model, head = base.model, base.head
+    found = [
+        Line("PEFT loop, as usually written", 8, few, peft_line("", model, data, plans[8], evaluating=False)),
+        Line("PEFT loop, base in eval mode", 8, few, peft_line("", model, data, plans[8], evaluating=True)),
+        Line("PEFT loop, padded to 128", 8, 1, peft_line("", model, data, plans[8], evaluating=False, fixed=128)),
+        Line("PEFT loop, as usually written", 4, few, peft_line("", model, data, plans[4], evaluating=False)),
+    ]
+    for b in (8, 4):
+        for dtype in (torch.float32, torch.bfloat16):
+            for together in (1, clients):
+                how = "one by one" if together == 1 else f"{together} together"
+                train = our_line(model, sites, head, data, b, dtype, together)
+                found.append(
+                    Line(
+                        f"fedloom, {str(dtype).removeprefix('torch.')}, {how}",
+                        b,
+                        few if together == 1 else clients,
+                        train,
+                    )
+                )
+    return found, plans
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rows and turns: a minute")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--only", default="", help="only the lines that contain one of these texts, parted by |")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    clients, rows, turns = (16, 32, 3) if options.quick else (16, 64, 9)
+    chosen, plans = lines(clients, rows)
+    chosen = [x for x in chosen if any(text in f"{x.name}, batch {x.batch_size}" for text in options.only.split("|"))]
+    times: list[list[float]] = [[] for _ in chosen]
+    for turn in range(turns + 1):
+        for line, found in zip(chosen, times, strict=True):
+            n = line.clients if turn else min(line.clients, 16 if "together" in line.name else 1)
+            start = time.perf_counter()
+            line.train(n)
+            seconds = time.perf_counter() - start
+            if turn:  # the first turn warms up
+                found.append(1000 * seconds / sum(len(plan) for plan in plans[line.batch_size][:n]))
+    print(machine())
+    print(f"{clients} clients of {rows} questions, {turns} turns; ms per client step\n")
+    print(f"{'':40}{'batch':>6}{'best':>9}{'median':>9}{'x PEFT':>9}{'x one by one':>14}")
+    for line, found in zip(chosen, times, strict=True):
+
+        def ratio(to: str, line: Line = line, found: list[float] = found) -> str:
+            for other, theirs in zip(chosen, times, strict=True):
+                if other.name == to and other.batch_size == line.batch_size:
+                    return f"{min(theirs) / min(found):.2f}"
+            return ""
+
+        single = ratio(line.name.rpartition(",")[0] + ", one by one") if "together" in line.name else ""
+        print(
+            f"{line.name:40}{line.batch_size:>6}{min(found):>9.1f}{statistics.median(found):>9.1f}"
+            f"{ratio('PEFT loop, as usually written'):>9}{single:>14}"
+        )
+
+
+if __name__ == "__main__":
+    main()
