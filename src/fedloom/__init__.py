@@ -14,14 +14,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fedloom import methods as methods
+    from fedloom.api import load_config as load_config
     from fedloom.api import resume as resume
     from fedloom.api import run as run
     from fedloom.runs.config import RunConfig as RunConfig
     from fedloom.runs.session import Result as Result
 
-__all__ = ["Result", "RunConfig", "__version__", "methods", "resume", "run"]
+__all__ = ["Result", "RunConfig", "__version__", "load_config", "methods", "resume", "run"]
 
 _WHERE = {
+    "load_config": "fedloom.api",
     "run": "fedloom.api",
     "resume": "fedloom.api",
     "RunConfig": "fedloom.runs.config",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,11 @@ def run(
     else:
         settings = configs.load(Path(config))
     return session.start(settings, None if out is None else Path(out), observer)
+
+
+def load_config(path: str | PathLike[str], overrides: Iterable[str] = ()) -> RunConfig:
+    """A run file with `KEY=VALUE` overrides applied, such as `train.rounds=5`. Raises ConfigError naming every wrong key."""
+    return configs.load(Path(path), overrides)
 
 
 def resume(path: str | PathLike[str], observer: Observer | None = None) -> Result:
