@@ -1,7 +1,8 @@
 """A run on disk: safetensors for states, JSON for the rest; written, synced, then renamed.
 
-`latest.json` is the commit point. It names the files of one complete round with their hashes and is replaced atomically; files
-that it does not name are left-overs of a crash and are removed. A kill at any instant leaves the last complete round.
+`latest.json` is the commit point. It names the files of one complete round with their hashes and is replaced atomically;
+files that it does not name are left-overs of a crash and go with the next round. A kill at any instant leaves the last
+complete round.
 """
 
 from __future__ import annotations
@@ -129,11 +130,12 @@ def save(folder: Path, t: int, state: State, kept: Kept, done: bool = False) -> 
         "kept": kept.files,
     }
     write_json(folder / "latest.json", latest)
-    _sweep(folder, name, kept.files)
+    with disk_errors(folder):
+        _sweep(folder, name, kept.files)
 
 
 def load(folder: Path) -> tuple[int, State, Kept, bool]:
-    """(round, state, kept, done) of the newest complete checkpoint.
+    """(round, state, kept, done) of the newest complete checkpoint. Changes nothing: a run may be writing the next one.
 
     Raises RunError if there is none, it is damaged, or it was written by another version.
     """
@@ -144,19 +146,24 @@ def load(folder: Path) -> tuple[int, State, Kept, bool]:
         raise RunError(f"{folder} holds no checkpoint (no latest.json): the run never finished round 0") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{latest} cannot be read ({error}): restore it from a copy, or start the run again") from error
+    if not isinstance(meta, dict):
+        raise RunError(f"{latest} is damaged: restore it from a copy, or start the run again")
     if meta.get("format") != FORMAT:
         raise RunError(
             f"{folder} has checkpoint format {meta.get('format')!r}, expected {FORMAT}: use the fedloom version that wrote it"
         )
-    data = _read(folder / meta["state"])
+    try:
+        t, done, name, want, files = (meta[key] for key in ("round", "done", "state", "sha256", "kept"))
+    except KeyError as error:
+        raise RunError(f"{latest} is damaged (no {error}): restore it from a copy, or start the run again") from error
+    data = _read(folder / name)
     digest = hashlib.sha256(data).hexdigest()
-    if digest != meta["sha256"]:
+    if digest != want:
         raise RunError(
-            f"{folder / meta['state']} is damaged: sha256 is {digest[:12]}..., expected {meta['sha256'][:12]}...; "
+            f"{folder / name} is damaged: sha256 is {digest[:12]}..., expected {want[:12]}...; "
             "restore it from a copy, or start the run again"
         )
-    _sweep(folder, meta["state"], meta["kept"])
-    return int(meta["round"]), unflatten(load_tensors(data)), Kept(folder / "kept", meta["kept"]), bool(meta["done"])
+    return int(t), unflatten(load_tensors(data)), Kept(folder / "kept", files), bool(done)
 
 
 def _sweep(folder: Path, state: str, kept: dict[str, str]) -> None:

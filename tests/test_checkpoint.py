@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedloom import checkpoint
+from fedloom.checkpoint import Kept
+from fedloom.core import State
+from fedloom.errors import RunError
+
+
+def state(t: int) -> State:
+    return {
+        "A": {"layers.0.q/proj": torch.full((2, 3), float(t)), "e": torch.zeros(2, 0)},
+        "B": {"layers.0.q/proj": torch.randn(4, 2, generator=torch.Generator().manual_seed(t)).double()},
+        "mask": {"seed": torch.tensor([2**62 + t])},
+        "ranks": {"c": torch.tensor(t), "half": torch.ones(2, dtype=torch.bfloat16)},
+    }
+
+
+def same(a: State, b: State) -> bool:
+    return {role: set(group) for role, group in a.items()} == {role: set(group) for role, group in b.items()} and all(
+        x.dtype == b[role][site].dtype and torch.equal(x, b[role][site])
+        for role, group in a.items()
+        for site, x in group.items()
+    )
+
+
+def own(k: str, t: int) -> State:
+    return {"B": {"s": torch.full((2, 2), float(10 * t + ord(k)))}}
+
+
+def save(folder: Path, t: int, kept: Kept) -> None:
+    for k in "ab":
+        kept.put(k, own(k, t), t)
+    checkpoint.save(folder, t, state(t), kept)
+
+
+def check(folder: Path, *rounds: int) -> int:
+    """The checkpoint is whole and of one of the rounds."""
+    t, got, kept, done = checkpoint.load(folder)
+    assert t in rounds and not done
+    assert same(got, state(t))
+    assert kept.clients() == ["a", "b"]
+    for k in "ab":
+        stored = kept.get(k)
+        assert stored is not None and same(stored, own(k, t))
+    return t
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "checkpoint"
+    kept = Kept(folder / "kept")
+    assert kept.get("a") is None and kept.clients() == []
+    save(folder, 3, kept)
+    assert check(folder, 3) == 3
+    save(folder, 4, kept)
+    assert check(folder, 4) == 4
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert names == [
+        "kept/a-000004.safetensors",
+        "kept/b-000004.safetensors",
+        "latest.json",
+        "state-000004.safetensors",
+    ], "what is not named is swept away"
+
+
+def test_tensors_that_are_not_contiguous_or_views_of_one(tmp_path: Path) -> None:
+    x = torch.arange(12.0)
+    given: State = {"A": {"s": x[:6].view(2, 3)}, "B": {"s": x[6:].view(2, 3).T}}
+    checkpoint.save(tmp_path, 1, given, Kept())
+    assert same(checkpoint.load(tmp_path)[1], given)
+
+
+def test_the_same_state_is_the_same_bytes(tmp_path: Path) -> None:
+    for name in "xy":
+        checkpoint.save(tmp_path / name, 1, state(1), Kept())
+    files = [(tmp_path / name / "state-000001.safetensors").read_bytes() for name in "xy"]
+    assert files[0] == files[1]
+
+
+def test_done_is_told_apart(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 2, state(2), Kept())
+    checkpoint.save(tmp_path, 2, state(2), Kept(), done=True)
+    assert checkpoint.load(tmp_path)[0] == 2 and checkpoint.load(tmp_path)[3]
+    assert [path.name for path in tmp_path.glob("state-*")] == ["state-000002-done.safetensors"]
+
+
+def test_in_memory(tmp_path: Path) -> None:
+    kept = Kept()
+    kept.put("b", own("b", 1), 1)
+    kept.put("a", {}, 1)
+    stored = kept.get("b")
+    assert kept.clients() == ["b"] and stored is not None and same(stored, own("b", 1)) and kept.get("a") is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_kept_since_the_checkpoint_does_not_count(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "kept")
+    save(tmp_path, 1, kept)
+    kept.put("a", own("a", 2), 2)
+    assert check(tmp_path, 1) == 1
+
+
+def test_reading_does_not_disturb_a_run_that_is_writing(tmp_path: Path) -> None:
+    """Between a state's file and the `latest.json` that names it, someone else may look at the run."""
+    kept = Kept(tmp_path / "kept")
+    save(tmp_path, 1, kept)
+    real = checkpoint.write_json
+
+    def look_first(path: Path, value: Any) -> None:
+        check(tmp_path, 1)
+        real(path, value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", look_first)
+        save(tmp_path, 2, kept)
+    assert check(tmp_path, 2) == 2
+
+
+class Killed(BaseException):
+    """Not an OSError: nothing may catch it."""
+
+
+def interrupt(patch: pytest.MonkeyPatch, nth: int, error: Callable[[], BaseException]) -> list[int]:
+    """Fail at the nth call of anything that touches the disk, before it does it; a write is torn in the middle."""
+    calls = [0]
+
+    def fails() -> bool:
+        calls[0] += 1
+        return calls[0] == nth
+
+    def wrap(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if fails():
+                raise error()
+            return real(*args, **kwargs)
+
+        patch.setattr(module, name, call)
+
+    for name in ("replace", "fsync", "unlink", "mkdir"):
+        wrap(os, name)
+    real_open = io.open
+
+    def opens(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if "w" not in mode:
+            return real_open(file, mode, *args, **kwargs)
+        if fails():
+            raise error()
+        handle = real_open(file, mode, *args, **kwargs)
+        write = handle.write
+
+        class Torn:
+            def __enter__(self) -> Any:
+                return self
+
+            def __exit__(self, *_: Any) -> None:
+                handle.close()
+
+            def write(self, data: bytes) -> int:
+                if fails():
+                    write(data[: len(data) // 2])
+                    handle.flush()
+                    raise error()
+                return int(write(data))
+
+            def flush(self) -> None:
+                handle.flush()
+
+            def fileno(self) -> int:
+                return int(handle.fileno())
+
+        return Torn()
+
+    patch.setattr(io, "open", opens)
+    patch.setattr(builtins, "open", opens)
+    return calls
+
+
+def attempt(folder: Path, nth: int, error: Callable[[], BaseException], kind: type[BaseException]) -> bool:
+    """Save round 2 over round 1 and fail at the nth call; whether it was reached."""
+    kept = Kept(folder / "kept")
+    save(folder, 1, kept)
+    with pytest.MonkeyPatch.context() as patch:
+        calls = interrupt(patch, nth, error)
+        try:
+            save(folder, 2, kept)
+        except kind as failure:
+            if isinstance(failure, RunError):
+                assert "No space left on device" in str(failure) and "Nothing is lost" in str(failure)
+    return calls[0] >= nth
+
+
+def test_killed_at_any_call_the_old_or_the_new_round_loads_whole(tmp_path: Path) -> None:
+    seen, nth = [], 0
+    while True:
+        nth += 1
+        folder = tmp_path / str(nth)
+        reached = attempt(folder, nth, Killed, Killed)
+        seen.append(check(folder, 1, 2))
+        # And the run goes on from there.
+        t, _, kept, _ = checkpoint.load(folder)
+        save(folder, t + 1, kept)
+        check(folder, t + 1)
+        left = {path.name for path in folder.rglob("*") if path.is_file()}
+        assert left == {
+            "latest.json",
+            f"state-{t + 1:06d}.safetensors",
+            *(f"{k}-{t + 1:06d}.safetensors" for k in "ab"),
+        }
+        if not reached:
+            break
+    assert nth > 20 and seen == sorted(seen) and set(seen) == {1, 2}
+
+
+def test_full_disk_at_any_call_is_one_error_and_loses_nothing(tmp_path: Path) -> None:
+    def full() -> OSError:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    nth, reached = 0, True
+    while reached:
+        nth += 1
+        reached = attempt(tmp_path / str(nth), nth, full, RunError)
+        check(tmp_path / str(nth), 1, 2)
+    assert nth > 20
+
+
+def test_a_write_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    sync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("sync"), sync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append("rename"), rename(a, b))[1])
+    checkpoint.write(tmp_path / "x", b"1")
+    assert order == ["sync", "rename", "sync"]
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"holds no checkpoint \(no latest.json\)"):
+        checkpoint.load(tmp_path)
+
+
+def test_another_format(tmp_path: Path) -> None:
+    save(tmp_path, 1, Kept(tmp_path / "kept"))
+    meta = json.loads((tmp_path / "latest.json").read_text())
+    (tmp_path / "latest.json").write_text(json.dumps(meta | {"format": 99}))
+    with pytest.raises(RunError, match="format 99, expected 1: use the fedloom version that wrote it"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"format": 1}', "\udcff"], ids=repr)
+def test_damaged_pointer(tmp_path: Path, text: str) -> None:
+    save(tmp_path, 1, Kept(tmp_path / "kept"))
+    (tmp_path / "latest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(RunError, match=r"latest\.json"):
+        checkpoint.load(tmp_path)
+
+
+def test_damaged_or_missing_state(tmp_path: Path) -> None:
+    save(tmp_path, 1, Kept(tmp_path / "kept"))
+    file = tmp_path / "state-000001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(RunError, match="is damaged: sha256 is"):
+        checkpoint.load(tmp_path)
+    file.unlink()
+    with pytest.raises(RunError, match="cannot be read"):
+        checkpoint.load(tmp_path)
+
+
+def test_damaged_or_missing_kept_state(tmp_path: Path) -> None:
+    save(tmp_path, 1, Kept(tmp_path / "kept"))
+    file = tmp_path / "kept" / "a-000001.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    kept = checkpoint.load(tmp_path)[2]
+    with pytest.raises(RunError, match="is damaged"):
+        kept.get("a")
+    assert kept.get("b") is not None
+    file.unlink()
+    with pytest.raises(RunError):
+        kept.get("a")
