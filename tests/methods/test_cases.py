@@ -112,7 +112,7 @@ def test_resumed_from_a_checkpoint_is_uninterrupted(case: Case, tmp_path: Path) 
     play(parted, kept, state, 3, 5)
     files = {path.name: path.read_bytes() for path in whole.rglob("*.safetensors")}
     assert files == {path.name: path.read_bytes() for path in parted.rglob("*.safetensors")}
-    assert (5, "state-000005.safetensors") == (checkpoint.load(parted)[0], *[n for n in files if "state" in n])
+    assert checkpoint.load(parted)[0] == 5 and "state-000005.safetensors" in files
 
 
 def full(case: Case) -> tuple[Method, Client]:
