@@ -328,4 +328,6 @@ def absolute(config: RunConfig) -> RunConfig:
         values["task"][key] = resolve(values["task"][key])
     if isinstance(config.clients.keep, str):
         values["clients"]["keep"] = resolve(config.clients.keep)
+    if config.network is not None:
+        values["network"] = {key: resolve(name) for key, name in values["network"].items()}
     return RunConfig.model_validate(values)

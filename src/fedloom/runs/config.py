@@ -156,6 +156,15 @@ class EngineSection(_Section):
         return self
 
 
+class NetworkSection(_Section):
+    """[network]: simulated seconds and joules of every round, from the bytes that crossed and the rows trained on."""
+
+    fleet: str
+    """A fleet file, as for `fedloom allocate`; its k-th device is the k-th client."""
+    allocation: str | None = None
+    """Who sends on which part of the band; by default clients.keep if that names a file, else it is planned anew."""
+
+
 class RunConfig(_Section):
     """A whole run: the keys of a run file, with their defaults."""
 
@@ -167,8 +176,7 @@ class RunConfig(_Section):
     method: MethodSection
     train: TrainSection = TrainSection()
     engine: EngineSection = EngineSection()
-    network: dict[str, Any] | None = None
-    """A fleet, as for `fedloom allocate`: adds simulated seconds and joules to every round."""
+    network: NetworkSection | None = None
 
     def to_toml(self) -> str:
         """The resolved configuration as a run file."""

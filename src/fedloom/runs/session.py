@@ -22,6 +22,7 @@ from fedloom.runs import evaluate, export
 from fedloom.runs.assemble import Parts, absolute
 from fedloom.runs.config import RunConfig
 from fedloom.runs.directory import RunDirectory, digest_file, digest_files
+from fedloom.runs.network import plan
 from fedloom.train.trainer import Trainer
 
 
@@ -141,6 +142,7 @@ class _Session:
         self.clients = parts.clients
         self.rounds = parts.config.train.rounds
         self._trained = 0
+        self.network = plan(parts) if parts.config.network is not None else None
 
     def _progress(self, count: int) -> None:
         self._trained += count
@@ -211,6 +213,8 @@ class _Session:
             },
             "report": _report(record, state),
         }
+        if self.network is not None and record.t > 0 and self.parts.method.stage(record.t) == "clients":
+            line["network"] = self.network.round(record)
         self.trainer.seconds = 0.0
         self.run.append(line)
         self.observer.round(line)
@@ -295,6 +299,8 @@ class _Session:
                     "dtype": str(parts.dtype).removeprefix("torch."),
                     "threads": torch.get_num_threads(),
                 },
+                "lora_parameters": sum((m + n) * parts.method.rank for m, n in parts.sites.values()),
+                "head_parameters": sum(x.numel() for group in parts.head.values() for x in group.values()),
                 "versions": versions(),
                 "hashes": {"config": digest_file(self.run.config_file), **parts.hashes(), "adapter": adapter},
             }
