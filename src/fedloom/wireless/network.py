@@ -131,8 +131,8 @@ class Network:
                 transmit_j=float(joules.transmit_j[k]),
                 compute_j=float(joules.compute_j[k]),
                 overhead_j=float(joules.overhead_j[k]),
-                late=total_s > self.problem.latency_limit_s * (1.0 + 1e-9),
-                over=total_j > self.problem.energy_limit_j[k] * (1.0 + 1e-9),
+                late=bool(total_s > self.problem.latency_limit_s * (1.0 + 1e-9)),
+                over=bool(total_j > self.problem.energy_limit_j[k] * (1.0 + 1e-9)),
             )
         planned = {device.id: device for device in self.allocation.devices}
         predicted = {
