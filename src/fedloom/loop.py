@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 
 from fedloom import lora
 from fedloom.accounting import Bytes
@@ -111,7 +110,14 @@ def one_round(
             f"round {t}: no client of {len(clients)} sent a usable update ({reasons}). The checkpoint of round {t - 1} "
             "stands: change what caused this (a smaller train.lr, a smaller max_norm?) and resume"
         )
-    after = method.aggregate(state, chain([first], uploads))
+    held = [first]
+    del first  # or this frame would keep it until the whole round is averaged
+
+    def every() -> Iterator[Upload]:
+        yield held.pop()
+        yield from uploads
+
+    after = method.aggregate(state, every())
     for key in expected:
         record.dropped[key] = "no answer"
     record.seconds = time.perf_counter() - start
