@@ -294,6 +294,7 @@ def sca(problem: Problem, *, starts: int = 2, seed: int = 0, time_limit_s: float
         trace.append(Progress(time.perf_counter() - began, solves, first.lower, best))
     seconds = time.perf_counter() - began
     if point is None:
-        return Solution(None, np.inf, first.lower, Status.NOT_FOUND, solves, seconds, tuple(trace))
+        status = Status.INFEASIBLE if first.lower == np.inf else Status.NOT_FOUND
+        return Solution(None, np.inf, first.lower, status, solves, seconds, tuple(trace))
     status = Status.OPTIMAL if best - first.lower <= 1e-7 * max(1.0, abs(best)) else Status.FEASIBLE
     return Solution(point, best, min(first.lower, best), status, solves, seconds, tuple(trace))

@@ -1,8 +1,10 @@
-"""A sweep as a picture (matplotlib, no display needed)."""
+"""A sweep as a picture (matplotlib, no display needed).
+
+A curve far above all others ("no dropout", mostly) gets a panel of its own on top, so that the others can be told apart.
+"""
 
 from __future__ import annotations
 
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from fedloom.wireless.sweep import Row, Sweep
+from fedloom.wireless.sweep import LABELS, Row, Sweep
 
 _COLOURS = (
     "#0072B2",
@@ -20,56 +22,65 @@ _COLOURS = (
     "#CC79A7",
     "#E69F00",
     "#56B4E9",
-    "#555555",
+    "#333333",
 )  # told apart by the colour-blind
 _MARKERS = "os^Dvx+"
+_FAR = 1.5  # times the largest of the other curves
 
 
 def draw(sweep: Sweep, path: Path) -> Path:
-    """One picture, 1280 x 800 pixels."""
-    figure, axes = plt.subplots(figsize=(8.0, 5.0), dpi=160)
-    second = axes.twinx() if sweep.name.startswith("E8") else None
-    style = cycle(zip(_COLOURS, _MARKERS, strict=True))
-    for curve in dict.fromkeys(row.curve for row in sweep.rows):
-        rows = [row for row in sweep.rows if row.curve == curve]
-        if curve == "minimum":
-            axes.plot([r.x for r in rows], [r.value for r in rows], "k*", markersize=11, label=curve, zorder=5)
-            continue
-        colour, marker = next(style)
-        if second is not None and curve.startswith("largest"):
-            second.semilogy(
-                [r.x for r in rows], [r.value for r in rows], "--", color="#555555", marker=".", label=curve
-            )
-            second.set_ylabel(curve)
-            continue
-        _curve(axes, rows, curve, colour, marker)
-    axes.set_title(sweep.title, loc="left")
-    axes.set_xlabel(sweep.x_label)
-    axes.set_ylabel("penalised objective" if second is not None else sweep.y_label)
-    if sweep.log_x:
-        axes.set_xscale("log")
-    if sweep.log_y:
-        axes.set_yscale("log")
+    """One picture, 1440 x 800 pixels."""
+    curves = {
+        curve: [row for row in sweep.rows if row.curve == curve] for curve in dict.fromkeys(r.curve for r in sweep.rows)
+    }
+    above = [curve for curve in curves if curve in sweep.upper_panel or _far(curve, curves)]
+    figure, panels = plt.subplots(
+        2 if above else 1, 1, sharex=True, squeeze=False, figsize=(9.0, 5.0), dpi=160, layout="constrained",
+        height_ratios=[1, 2] if above else None,
+    )  # fmt: skip
+    main = panels[-1][0]
+    for index, (curve, rows) in enumerate(curves.items()):
+        axes = panels[0][0] if curve in above else main
+        _curve(axes, rows, curve, index)
+    for axes in panels[:, 0]:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if sweep.log_y:
+            axes.set_yscale("log")
+    if above:
+        panels[0][0].set_ylabel(sweep.upper_label or sweep.y_label)
+    panels[0][0].set_title(sweep.title, loc="left")
+    main.set_xlabel(sweep.x_label)
+    main.set_ylabel(sweep.y_label)
     if sweep.x_ticks is not None:
-        axes.set_xticks(sweep.x_ticks, [f"{tick:g}" for tick in sweep.x_ticks])
-    axes.grid(alpha=0.3)
-    axes.spines[["top"]].set_visible(False)
-    if second is None:
-        axes.spines[["right"]].set_visible(False)
-    handles, labels = axes.get_legend_handles_labels()
-    if second is not None:
-        more = second.get_legend_handles_labels()
-        handles, labels = handles + more[0], labels + more[1]
-    axes.legend(handles, labels, frameon=True, framealpha=0.85, edgecolor="none", fontsize=9)
-    figure.tight_layout()
+        main.set_xticks(sweep.x_ticks, [f"{tick:g}" for tick in sweep.x_ticks])
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path)
     plt.close(figure)
     return path
 
 
-def _curve(axes: Any, rows: list[Row], label: str, colour: str, marker: str) -> None:
+def _far(curve: str, curves: dict[str, list[Row]]) -> bool:
+    others = [row.value for name, rows in curves.items() if name != curve for row in rows]
+    return curve == LABELS["no_dropout"] and min(row.value for row in curves[curve]) > _FAR * max(others, default=0.0)
+
+
+def _curve(axes: Any, rows: list[Row], label: str, index: int) -> None:
     x, y = [r.x for r in rows], [r.value for r in rows]
-    many = len(rows) > 40
-    axes.plot(x, y, "-", color=colour, marker="" if many else marker, markersize=5, linewidth=1.8, label=label)
-    if any(row.high > row.low for row in rows):
-        axes.fill_between(x, [r.low for r in rows], [r.high for r in rows], color=colour, alpha=0.10, linewidth=0)
+    if label == "minimum":
+        axes.plot(x, y, "k*", markersize=11, label=label, zorder=5)
+        return
+    # Colours follow strategies, not the order in a figure: a strategy that serves nobody must not shift the others'.
+    known = list(LABELS.values())
+    place = known.index(label) if label in known else index
+    colour = _COLOURS[place % len(_COLOURS)]
+    marker = "" if len(rows) > 40 else _MARKERS[place % len(_MARKERS)]
+    optimum = label == LABELS["bnb"]
+    style, width = ("--", 1.4) if label == LABELS["psca"] else ("-", 4.0 if optimum else 1.6)
+    axes.plot(
+        x, y, style, color=colour, marker=marker, markersize=7 if optimum else 5, linewidth=width, label=label,
+        alpha=0.55 if optimum else 1.0,
+    )  # fmt: skip
+    if optimum and any(row.high > row.low for row in rows):
+        band = [row.low for row in rows], [row.high for row in rows]
+        axes.fill_between(x, *band, color=colour, alpha=0.12, linewidth=0, label="its 10th to 90th percentile")

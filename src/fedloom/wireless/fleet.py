@@ -350,10 +350,9 @@ def random_fleet(
         }
     )
     problem = fleet.problem()
-    if isinstance(problem.link, Subcarriers):
-        share = np.full((devices, subcarriers), 1.0 / devices)
-    else:
-        share = np.full(devices, problem.link.total_hz / devices)
+    link = problem.link
+    even = (devices, subcarriers) if isinstance(link, Subcarriers) else (devices,)
+    share = np.full(even, (1.0 if isinstance(link, Subcarriers) else link.total_hz) / devices)
     whole = np.ones(devices)
     transfer = problem.latency(share, whole)
     spent = problem.energy(share, whole)

@@ -19,6 +19,7 @@ import numpy as np
 from fedloom.wireless.allocate import solve
 from fedloom.wireless.baselines import Baseline, baseline
 from fedloom.wireless.bound import Bound
+from fedloom.wireless.channel import Array, Subcarriers
 from fedloom.wireless.fleet import Fleet, random_fleet
 from fedloom.wireless.problem import Problem
 
@@ -53,8 +54,10 @@ class Sweep:
     x_label: str
     y_label: str
     rows: tuple[Row, ...]
-    log_x: bool = False
     log_y: bool = False
+    upper_panel: tuple[str, ...] = ()
+    """Curves of another unit, drawn above the others."""
+    upper_label: str = ""
     x_ticks: tuple[float, ...] | None = None
     """Where x is a count."""
 
@@ -70,13 +73,14 @@ def bound_shape(bound: Bound | None = None, samples: Sequence[int] = (500, 1000,
         rows += [
             Row(float(g), f"bound, n = {n}", float(v), float(v), float(v)) for g, v in zip(rates, values, strict=True)
         ]
-        best = 1.0 - float(bound.best(np.ones(1), size, 0.05)[0])
-        value = float(bound.value(np.array([1.0 - best]), size))
-        rows.append(Row(best, "minimum", value, value, value))
     middle = np.array([float(samples[len(samples) // 2])])
     for label, part in (("empirical part", bound.empirical_term), (f"gap part, n = {middle[0]:.0f}", bound.gap_term)):
         values = part((1.0 - rates)[:, None], middle)
         rows += [Row(float(g), label, float(v), float(v), float(v)) for g, v in zip(rates, values, strict=True)]
+    for n in samples:
+        best = bound.best(np.ones(1), np.array([float(n)]), 0.05)
+        value = float(bound.value(best, np.array([float(n)])))
+        rows.append(Row(1.0 - float(best[0]), "minimum", value, value, value))
     title = f"The bound over the dropout rate ({bound.empirical} empirical part)"
     return Sweep("E3_bound_shape", title, "dropout rate of every device", "bound", tuple(rows))
 
@@ -141,7 +145,7 @@ def energy_sweep(base: Callable[[int], Problem], seeds: int, factors: Sequence[f
     """E5: Phi against the energy left for sending: the limit above what computing and the rest need anyway, times a factor."""
     first = base(0)
 
-    def radio_j(problem: Problem) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def radio_j(problem: Problem) -> Array:
         fixed = problem.compute.joules(np.ones(len(problem.ids))) + problem.compute.overhead_j
         return np.asarray(np.maximum(problem.energy_limit_j - fixed, 1e-3 * problem.energy_limit_j))
 
@@ -175,7 +179,7 @@ def _second(make: Callable[[int, int], Problem], count: int) -> Callable[[int], 
     return lambda seed: make(count, seed)
 
 
-def convergence(problem: Problem, zetas: Sequence[float] = (0.0, 1e-2, 1e-1), iterations: int = 10) -> Sweep:
+def convergence(problem: Problem, zetas: Sequence[float] = (0.0, 0.1, 1.0), iterations: int = 10) -> Sweep:
     """E8: P-SCA's penalised objective, phase by phase of fixed zeta, and how binary the shares are."""
     from fedloom.wireless.psca import Surrogate, iterate
     from fedloom.wireless.scaled import Scaled
@@ -184,14 +188,22 @@ def convergence(problem: Problem, zetas: Sequence[float] = (0.0, 1e-2, 1e-1), it
     scaled = Scaled.of(problem)
     start = rng.dirichlet(np.full(len(problem.ids), 2.0), size=scaled.up.shape[1]).T
     path = iterate(problem, Surrogate(scaled), start, rng, zetas=[z for z in zetas for _ in range(iterations)])
+    fractional = "largest rho - rho^2"
     rows = []
     for step, point in enumerate(path, start=1):
-        rows.append(
-            Row(step, f"penalised objective, zeta = {point.zeta:g}", point.objective, point.objective, point.objective)
-        )
-        fraction = max(point.fraction, 1e-9)
-        rows.append(Row(step, "largest rho - rho^2 (0 = binary)", fraction, fraction, fraction))
-    return Sweep("E8_convergence", "P-SCA: falling for fixed zeta", "iteration", "value", tuple(rows))
+        rows.append(Row(step, f"objective, zeta = {point.zeta:g}", point.objective, point.objective, point.objective))
+        fraction = point.fraction
+        rows.append(Row(step, fractional, fraction, fraction, fraction))
+    title = "P-SCA: the penalised objective falls for fixed zeta, shares turn binary"
+    return Sweep(
+        "E8_convergence",
+        title,
+        "iteration",
+        "penalised objective",
+        tuple(rows),
+        upper_panel=(fractional,),
+        upper_label="0 = binary",
+    )
 
 
 def run_time(
@@ -240,18 +252,17 @@ def all_sweeps(fleet: Fleet | None = None, seed: int | None = None, *, quick: bo
         listed = [d.model_copy(update={"energy_j": None}) for d in free.devices()]
         return free.model_copy(update={"device": listed, "limits": limits}).problem()
 
-    if fleet is not None:
-        single, base = 1, lambda _: fleet.problem(seed)
-        yield bound_shape(base(0).bound)
-    else:
-        single, base = seeds, lambda number: drawn(4, 10, number)
-        yield bound_shape()
-    factors = (0.8, 1.0, 1.5, 3.0) if quick else (0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0)
+    def base(number: int) -> Problem:
+        return drawn(4, 10, number) if fleet is None else fleet.problem(seed)
+
+    single = seeds if fleet is None else 1
+    yield bound_shape(None if fleet is None else base(0).bound)
+    factors = (0.8, 1.0, 1.5, 3.0) if quick else (0.65, 0.7, 0.75, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0)
     yield latency_sweep(base, single, factors)
     yield energy_sweep(base, single, (0.5, 1.0, 2.0) if quick else (0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 4.0))
     yield band_sweep(lambda m, s: fixed(4, m, s), seeds, (6, 10) if quick else (5, 6, 7, 8, 10, 12, 14, 16))
     yield devices_sweep(lambda k, s: fixed(k, 12, s), seeds, (2, 4) if quick else (2, 3, 4, 5, 6, 7, 8))
-    if hasattr(base(0).link, "count"):
+    if isinstance(base(0).link, Subcarriers):
         yield convergence(base(0))
     yield from run_time(lambda m, s: drawn(4, m, s), seeds, (4, 6) if quick else (4, 5, 6, 7, 8, 10, 12, 14, 16))
 
