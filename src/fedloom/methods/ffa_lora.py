@@ -38,7 +38,10 @@ class FFALoRA(Method):
         choice(self.name, "a_init", self.a_init, "kaiming", "orthonormal")
 
     def _A(self, seed: int, sites: Sites) -> Group:
-        A = lora.init_A(sites, self.rank, torch.Generator().manual_seed(seed))
+        # A generator for each site: a client may name its layers in another order.
+        A: Group = {}
+        for site, shape in sites.items():
+            A |= lora.init_A({site: shape}, self.rank, lora.generator(seed, site))
         if self.a_init == "orthonormal":
             A = {site: torch.linalg.qr(x.T)[0].T.contiguous() for site, x in A.items()}
         return A
