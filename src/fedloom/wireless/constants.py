@@ -13,8 +13,7 @@ The recipe is derived; the paper's constants are unknown. They are worst cases a
 shape, and thus the rates, mean more than its height.
 
 Read from the run directory: every line of `rounds.jsonl` from round 1 on has `"report": {client id: {"loss_max": ...,
-"grad_norm_max": ..., "adapter_norm": ...}}` (or the three keys directly under "report"), and `manifest.json` or `run.toml`
-may say `examples` (all samples) and `lr`.
+"grad_norm_max": ..., "adapter_norm": ...}}` (or the three keys directly under "report"); `run.toml` gives `train.lr`.
 """
 
 from __future__ import annotations

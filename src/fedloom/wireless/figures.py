@@ -1,6 +1,7 @@
 """A sweep as a picture (matplotlib, no display needed).
 
 A curve far above all others ("no dropout", mostly) gets a panel of its own on top, so that the others can be told apart.
+Run times have a band from the 10th to the 90th percentile.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def draw(sweep: Sweep, path: Path) -> Path:
     main = panels[-1][0]
     for index, (curve, rows) in enumerate(curves.items()):
         axes = panels[0][0] if curve in above else main
-        _curve(axes, rows, curve, index)
+        _curve(axes, rows, curve, index, timed=sweep.log_y)
     for axes in panels[:, 0]:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -65,7 +66,7 @@ def _far(curve: str, curves: dict[str, list[Row]]) -> bool:
     return curve == LABELS["no_dropout"] and min(row.value for row in curves[curve]) > _FAR * max(others, default=0.0)
 
 
-def _curve(axes: Any, rows: list[Row], label: str, index: int) -> None:
+def _curve(axes: Any, rows: list[Row], label: str, index: int, *, timed: bool) -> None:
     x, y = [r.x for r in rows], [r.value for r in rows]
     if label == "minimum":
         axes.plot(x, y, "k*", markersize=11, label=label, zorder=5)
@@ -81,6 +82,6 @@ def _curve(axes: Any, rows: list[Row], label: str, index: int) -> None:
         x, y, style, color=colour, marker=marker, markersize=7 if optimum else 5, linewidth=width, label=label,
         alpha=0.55 if optimum else 1.0,
     )  # fmt: skip
-    if optimum and any(row.high > row.low for row in rows):
+    if timed and any(row.high > row.low for row in rows):
         band = [row.low for row in rows], [row.high for row in rows]
-        axes.fill_between(x, *band, color=colour, alpha=0.12, linewidth=0, label="its 10th to 90th percentile")
+        axes.fill_between(x, *band, color=colour, alpha=0.12, linewidth=0)
