@@ -45,6 +45,9 @@ class Host:
         ]
         self._hooks: list[RemovableHandle] = []
         self._packed = False
+        self._trains = False
+        self._cast_to: torch.dtype | None = None
+        self._readers: dict[Kind, list[str] | None] = {}
         self._read: Tensor | None = None  # (N,) the tokens, of all in a batch, that the model's head sees
         self._accepted = inspect.signature(model.forward).parameters
 
@@ -56,9 +59,11 @@ class Host:
     def rest(self) -> None:
         """Take everything off the model: no adapter, no training mode."""
         self._adapted.clear()
-        self.model.eval()
-        for block in self._blocks:
-            block.gradient_checkpointing = False
+        if self._trains:
+            self._trains = False
+            self.model.eval()
+            for block in self._blocks:
+                block.gradient_checkpointing = False
         while self._hooks:
             self._hooks.pop().remove()
         self._read = None
@@ -73,12 +78,16 @@ class Host:
         """
         self.rest()
         compute = torch.float64 if state_dtype == torch.float64 else self._dtype
-        for parameter in self.model.parameters():
-            # Parameters only: buffers such as rotary frequencies keep the precision that the model gave them.
-            if parameter.is_floating_point() and parameter.dtype != compute:
-                parameter.data = parameter.data.to(compute)
+        if compute != self._cast_to:
+            self._cast_to = compute
+            for parameter in self.model.parameters():
+                # Parameters only: buffers such as rotary frequencies keep the precision that the model gave them.
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(compute)
         kind = data[0].kind
-        readers = packing.readers(self.model, kind) if pack and self._attention == "auto" else None
+        if kind not in self._readers:
+            self._readers[kind] = packing.readers(self.model, kind)
+        readers = self._readers[kind] if pack and self._attention == "auto" else None
         self._packed = readers is not None
         self._attend(compute, data)
         self._read_only(kind, readers or ())
@@ -110,7 +119,9 @@ class Host:
 
         Raises ModelError if the model has no blocks whose activations can be recomputed.
         """
-        self.model.train(base_dropout)
+        self._trains = base_dropout or checkpointing
+        if base_dropout:
+            self.model.train()
         if not checkpointing:
             return
         if not self._blocks:
@@ -187,7 +198,8 @@ class Host:
             name = packing.NAME
         elif name == "auto":
             tokens, rows = sum(len(d.tokens) for d in data), sum(len(d) for d in data)
-            name = choose(self.device, compute, tokens // max(1, rows))
+            # transformers' plain attention makes NaN of a fully padded query in float64.
+            name = "sdpa" if compute == torch.float64 else choose(self.device, compute, tokens // max(1, rows))
         # Plain modules have no attention of transformers' to choose.
         choice = getattr(self.model, "set_attn_implementation", None)
         if choice is not None and getattr(self.model.config, "_attn_implementation", None) != name:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from fedloom.data.text import Batch, Kind
+from fedloom.train.attention import choose
 
 NAME = "fedloom_packed"
 _ALIGN = 16
@@ -164,7 +165,7 @@ def attend(
     q = _spread(query, packing, 1)
     k, v = _spread(key, packing, shared), _spread(value, packing, shared)
     L = q.shape[2]
-    if L > 128:
+    if choose(q.device, q.dtype, L) == "sdpa":
         mask = None if packing.causal else packing.valid[:, None, None, :]
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=packing.causal, scale=scale)
     else:
