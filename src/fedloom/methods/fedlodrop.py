@@ -50,7 +50,8 @@ class FedLoDrop(Method):
         choice(self.name, "aggregation", self.aggregation, "keep", "zeros", "count")
         choice(self.name, "mode", self.mode, "sub_adapter", "official_code")
         choice(self.name, "weights", self.weights, "examples", "uniform")
-        if self.aggregation == "count" and "rank" in self._inner.budgets:
+        budgets = self._inner.budgets  # which also refuses an `over` that takes no slices
+        if self.aggregation == "count" and "rank" in budgets:
             raise ConfigError(
                 f"fedlodrop: aggregation 'count' needs clients that hold every rank, which {self.over!r} does not give: "
                 "use aggregation = 'keep' or over = 'fedit'"
