@@ -205,6 +205,7 @@ def psca(
     seconds = time.perf_counter() - began
     if not np.isfinite(best):
         return Solution(None, np.inf, lower, Status.NOT_FOUND, solves, seconds, tuple(trace))
+    lower = min(lower, best)  # the same number may come out of two sums in another order
     status = Status.OPTIMAL if best - lower <= 1e-9 else Status.FEASIBLE
     return Solution(share_of(owners, devices), best, lower, status, solves, seconds, tuple(trace))
 

@@ -50,11 +50,12 @@ def plan_table(allocation: Allocation) -> Table:
 
 
 def cost_table(allocation: Allocation) -> Table:
-    """Latency and energy of a round, in parts."""
-    parts = ("down", "compute", "up", "total s", "limit s", "send", "compute", "rest", "total J", "limit J")
-    table = _table("device", *parts, left=("device",))
+    """Latency and energy of a round, in parts; the latency limit, one for all, is in the summary."""
+    seconds = ("down s", "train s", "up s", "sum s")
+    joules = ("send J", "train J", "rest J", "sum J", "limit J")
+    table = _table("device", *seconds, *joules, left=("device",))
     for device in allocation.devices:
-        numbers = [device.down_s, device.compute_s, device.up_s, device.latency_s, allocation.latency_limit_s]
+        numbers = [device.down_s, device.compute_s, device.up_s, device.latency_s]
         numbers += [device.transmit_j, device.compute_j, device.overhead_j, device.energy_j, device.energy_limit_j]
         table.add_row(device.id, *(f"{number:.3g}" for number in numbers))
     return table
@@ -88,6 +89,7 @@ def summary(allocation: Allocation) -> str:
     gap = f" (gap {100.0 * allocation.relative_gap:.2g} %)" if np.isfinite(allocation.lower) else ""
     what = "nodes" if allocation.solver == "bnb" else "convex solves"
     return (
+        f"latency limit {allocation.latency_limit_s:.4g} s, slowest device {max(d.latency_s for d in allocation.devices):.4g} s\n"
         f"bound {allocation.objective:.8g} = empirical {allocation.empirical:.6g} + gap {allocation.gap:.6g}\n"
         f"lower {lower}, upper {allocation.upper:.8g}{gap}\n"
         f"{allocation.solver}: {allocation.nodes} {what} in {allocation.seconds:.2f} s; {allocation.status.value}"
