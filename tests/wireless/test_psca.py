@@ -6,9 +6,9 @@ import pytest
 from fedloom.wireless.allocate import solve
 from fedloom.wireless.bound import Empirical
 from fedloom.wireless.psca import Surrogate, iterate, psca
-from fedloom.wireless.relaxation import RelaxationBound
+from fedloom.wireless.relaxation import RelaxationBound, root
 from fedloom.wireless.scaled import Scaled, binary_majorant, penalty_majorant, product_minorant
-from fedloom.wireless.solve import Status
+from fedloom.wireless.solve import Status, branch_and_bound
 
 from .problems import FORMS, small
 from .test_solvers import feasible
@@ -124,3 +124,16 @@ def test_psca_is_feasible_and_near_the_optimum() -> None:
 def test_psca_is_reproducible() -> None:
     problem = small(2)
     assert psca(problem, seed=3).value == psca(problem, seed=3).value
+
+
+def test_work_of_psca_does_not_grow_like_branch_and_bound_on_the_same_relaxation() -> None:
+    """Nodes multiply with every subcarrier; P-SCA's convex solves are bounded by starts times iterations."""
+    nodes, solves = {}, {}
+    for count in (3, 6):
+        problems = [small(seed, subcarriers=count) for seed in (1, 2)]
+        bounds = [RelaxationBound(problem) for problem in problems]
+        found = [branch_and_bound(root(p), b, tolerance=1e-5) for p, b in zip(problems, bounds, strict=True)]
+        nodes[count] = sum(solution.nodes for solution in found)
+        solves[count] = [psca(problem).nodes for problem in problems]
+    assert nodes[6] > 4 * nodes[3]
+    assert max(solves[3] + solves[6]) <= 3 * 30

@@ -171,7 +171,7 @@ def solve(problem: Problem, solver: Solver = "bnb", time_limit_s: float = 60.0, 
     owners = search.improve(problem, search.greedy(problem))
     value = search.value_of(problem, owners)
     start = (value, search.share_of(owners, len(problem.ids))) if np.isfinite(value) else None
-    if problem.link.count <= columns.MOST_SUBCARRIERS:
+    if columns.fits(problem):
         tight = columns.ColumnBound(problem)
         return branch_and_bound(columns.root(problem), tight, start=start, time_limit_s=time_limit_s)
     from fedloom.wireless import relaxation

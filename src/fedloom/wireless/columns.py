@@ -31,7 +31,7 @@ from fedloom.wireless.solve import Bounded
 Sets = NDArray[np.int64]
 """Bit m is set where subcarrier m is in the set."""
 
-MOST_SUBCARRIERS = 18  # 2^18 columns a device, 2 MB of caps each
+MOST_COLUMNS = 2_000_000  # K 2^M: 7 devices on 18 subcarriers, 30 on 16; about 100 bytes each
 _ENUMERATE = 200_000  # partial assignments held at once
 
 
@@ -65,6 +65,11 @@ def subset_sums(values: Array) -> Array:
     for value in values:
         out = np.concatenate([out, out + value])
     return out
+
+
+def fits(problem: Problem) -> bool:
+    """Is the table small enough?"""
+    return link_of(problem).count <= 20 and len(problem.ids) << link_of(problem).count <= MOST_COLUMNS
 
 
 def root(problem: Problem) -> Node:

@@ -16,10 +16,18 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import cvxpy
 import numpy as np
 
+from fedloom.errors import ConfigError
 from fedloom.wireless.channel import Array
+
+try:
+    import cvxpy
+except ImportError as error:  # pragma: no cover
+    raise ConfigError(
+        f"this solver needs cvxpy, which cannot be imported ({error}): pip install 'fedloom[wireless]', or use bnb, which "
+        "needs it only above 18 subcarriers"
+    ) from error
 
 cp: Any = cvxpy  # its functions are not visible to a type checker
 Expression = Any

@@ -9,12 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+from fedloom.errors import ConfigError
 from fedloom.wireless.sweep import LABELS, Row, Sweep
+
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+except ImportError as error:  # pragma: no cover
+    raise ConfigError(f"pictures need matplotlib ({error}): pip install 'fedloom[wireless]'") from error
 
 _COLOURS = (
     "#0072B2",

@@ -25,15 +25,20 @@ def alone(problem: Problem) -> list[str]:
             lines.append(
                 f"device {name!r} needs at least {fastest[k]:.4g} s a round, got a latency limit of {limit_s:.4g} s "
                 f"({seconds[k]:.4g} s of it computing, the whole band to itself, keep {problem.keep_min:g}): "
-                f"raise limits.latency_s by {fastest[k] - limit_s:.4g} s, or drop the device"
+                f"raise limits.latency_s by {_enough(fastest[k] - limit_s)} s, or drop the device"
             )
         if cheapest[k] > limit_j:
             lines.append(
                 f"device {name!r} needs at least {cheapest[k]:.4g} J a round, got an energy limit of {limit_j:.4g} J "
                 f"({joules[k]:.4g} J of it not sending, the best of the band to itself, keep {problem.keep_min:g}): "
-                f"raise its energy_j by {cheapest[k] - limit_j:.4g} J, or drop the device"
+                f"raise its energy_j by {_enough(cheapest[k] - limit_j)} J, or drop the device"
             )
     return lines
+
+
+def _enough(amount: float) -> str:
+    """Four digits, rounded up: what the message tells has to be enough."""
+    return f"{amount * 1.0006:.4g}"
 
 
 def _whole_band(problem: Problem) -> Rates:
@@ -58,7 +63,7 @@ def explain(problem: Problem, *, proven: bool) -> str:
     """
     lines = alone(problem)
     if lines:
-        more = f" (and {len(lines) - 1} more limits like this)" if len(lines) > 1 else ""
+        more = f" (and {len(lines) - 1} more like this)" if len(lines) > 1 else ""
         return lines[0] + more
     head = (
         "no share of the band serves all devices"

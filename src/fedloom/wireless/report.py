@@ -88,8 +88,9 @@ def summary(allocation: Allocation) -> str:
     lower = f"{allocation.lower:.8g}" if np.isfinite(allocation.lower) else "not known"
     gap = f" (gap {100.0 * allocation.relative_gap:.2g} %)" if np.isfinite(allocation.lower) else ""
     what = "nodes" if allocation.solver == "bnb" else "convex solves"
+    slowest = max(device.latency_s for device in allocation.devices)
     return (
-        f"latency limit {allocation.latency_limit_s:.4g} s, slowest device {max(d.latency_s for d in allocation.devices):.4g} s\n"
+        f"latency limit {allocation.latency_limit_s:.4g} s, slowest device {slowest:.4g} s\n"
         f"bound {allocation.objective:.8g} = empirical {allocation.empirical:.6g} + gap {allocation.gap:.6g}\n"
         f"lower {lower}, upper {allocation.upper:.8g}{gap}\n"
         f"{allocation.solver}: {allocation.nodes} {what} in {allocation.seconds:.2f} s; {allocation.status.value}"
