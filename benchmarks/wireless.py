@@ -145,7 +145,7 @@ def large(count: int) -> None:
     for empirical in get_args(Empirical):
         taken, gaps = [], []
         for seed in range(count):
-            problem = fleet(50, 128, seed, empirical, loads=((0.5, 0.5), (0.7, 2.0)))
+            problem = fleet(50, 128, seed, empirical, loads=((0.5, 0.5), (0.2, 0.5), (0.3, 0.2)))
             began = time.perf_counter()
             found = checked(problem, solve(problem, "psca"))
             taken.append(time.perf_counter() - began)

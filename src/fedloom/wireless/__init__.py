@@ -1,7 +1,7 @@
 """Wireless planning: who drops how much, on which share of the band, under latency and energy limits.
 
 FedLoDrop's second half (Xie, Wen, You, Chen, Bennis, Huang, "FedLoDrop: Federated LoRA with Dropout for Generalized LLM
-Fine-tuning", arXiv 2510.12078). numpy, scipy and cvxpy (only when a convex problem is solved); never imports torch.
+Fine-tuning", arXiv 2510.12078). numpy, and cvxpy where a convex problem is solved; never imports torch.
 
     fleet = read_fleet("fleet.toml")           # or random_fleet(devices=5, subcarriers=12, seed=0)
     plan = allocate(fleet, solver="bnb")       # or "psca"

@@ -13,10 +13,7 @@ from fedloom.errors import ConfigError
 from fedloom.wireless.sweep import LABELS, Row, Sweep
 
 try:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 except ImportError as error:  # pragma: no cover
     raise ConfigError(f"pictures need matplotlib ({error}): pip install 'fedloom[wireless]'") from error
 
@@ -39,10 +36,9 @@ def draw(sweep: Sweep, path: Path) -> Path:
         curve: [row for row in sweep.rows if row.curve == curve] for curve in dict.fromkeys(r.curve for r in sweep.rows)
     }
     above = [curve for curve in curves if curve in sweep.upper_panel or _far(curve, curves)]
-    figure, panels = plt.subplots(
-        2 if above else 1, 1, sharex=True, squeeze=False, figsize=(9.0, 5.0), dpi=160, layout="constrained",
-        height_ratios=[1, 2] if above else None,
-    )  # fmt: skip
+    figure = Figure(figsize=(9.0, 5.0), dpi=160, layout="constrained")
+    heights = [1, 2] if above else [1]
+    panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
     main = panels[-1][0]
     for index, (curve, rows) in enumerate(curves.items()):
         axes = panels[0][0] if curve in above else main
@@ -61,7 +57,6 @@ def draw(sweep: Sweep, path: Path) -> Path:
         main.set_xticks(sweep.x_ticks, [f"{tick:g}" for tick in sweep.x_ticks])
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path)
-    plt.close(figure)
     return path
 
 

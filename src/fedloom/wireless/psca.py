@@ -27,6 +27,7 @@ from fedloom.wireless.solve import Progress, Solution, Status
 _FIRST_ZETA, _LAST_ZETA = 1e-3, 10.0
 _PLAIN = 3  # iterations without penalty
 _BINARY = 1e-3  # rho - rho^2 that counts as 0 or 1
+_CLOSED = 1e-9  # distance from the lower bound that counts as proven
 _SLACK = 1e3  # price of a broken limit, for starts that break one
 
 
@@ -180,33 +181,33 @@ def psca(
 ) -> Solution[Array]:
     """A good point without proof: P-SCA from several starts, each rounded and repaired. Point: share (K, M).
 
-    `starts` is 3 by default, 2 above 4,000 pairs of device and subcarrier.
-    `lower` is a lower bound known from elsewhere, passed on. One convex solve is O((K M)^3.5) at worst, in practice
+    `starts` is 3 by default, 1 above 4,000 pairs of device and subcarrier. The local search that goes first may already meet
+    `lower`, a bound known from elsewhere: then nothing is solved. One convex solve is O((K M)^3.5) at worst, in practice
     near linear in K M; the time limit is checked between solves.
     """
     began = time.perf_counter()
     deadline = began + time_limit_s
     rng = np.random.default_rng([seed, 3])
-    surrogate = Surrogate(Scaled.of(problem), solver)
-    devices, count = surrogate.scaled.up.shape
+    scaled = Scaled.of(problem)
+    devices, count = scaled.up.shape
     first = greedy(problem)
     best, owners = _better(problem, improve(problem, first), np.inf, first)
-    starts = starts or (3 if devices * count <= 4000 else 2)
+    starts = starts or (3 if devices * count <= 4000 else 1)
     solves, trace = 0, [Progress(time.perf_counter() - began, 0, lower, best)]
+    surrogate = Surrogate(scaled, solver) if best - lower > _CLOSED else None
     for start in range(starts):
-        if time.perf_counter() > deadline:
+        if surrogate is None or time.perf_counter() > deadline or best - lower <= _CLOSED:
             break
         path = iterate(problem, surrogate, _start(start, first, devices, count, rng), rng, deadline=deadline)
         solves += len(path)
-        for end in {0: path[_PLAIN - 1 : _PLAIN], 1: path[-1:]}.values():
-            for point in end:
-                best, owners = _better(problem, improve(problem, rounded(problem, point.share)), best, owners)
+        for point in path[_PLAIN - 1 : _PLAIN] + path[-1:]:
+            best, owners = _better(problem, improve(problem, rounded(problem, point.share)), best, owners)
         trace.append(Progress(time.perf_counter() - began, solves, lower, best))
     seconds = time.perf_counter() - began
     if not np.isfinite(best):
         return Solution(None, np.inf, lower, Status.NOT_FOUND, solves, seconds, tuple(trace))
     lower = min(lower, best)  # the same number may come out of two sums in another order
-    status = Status.OPTIMAL if best - lower <= 1e-9 else Status.FEASIBLE
+    status = Status.OPTIMAL if best - lower <= _CLOSED else Status.FEASIBLE
     return Solution(share_of(owners, devices), best, lower, status, solves, seconds, tuple(trace))
 
 
