@@ -231,3 +231,49 @@ def flat(state: State) -> dict[str, bytes]:
         for role, group in state.items()
         for site, x in group.items()
     }
+
+
+def state(A: list[list[float]], B: list[list[float]]) -> State:
+    """One site, named "s", from literal numbers."""
+    return {"A": {"s": torch.tensor(A)}, "B": {"s": torch.tensor(B)}}
+
+
+def uploads(*sent: tuple[int, State]) -> list[Upload]:
+    """From (examples, state); the rank is that of the state."""
+    return [
+        Upload(Client(f"c{i}", n, next(iter(x.get("A", x.get("B", {})).values())).shape[0]), x, 1)
+        for i, (n, x) in enumerate(sent)
+    ]
+
+
+ONE = state([[1.0, 2.0]], [[3.0], [5.0], [0.0]])
+TWO = state([[5.0, 6.0]], [[7.0], [1.0], [4.0]])
+ZERO = state([[0.0, 0.0]], [[0.0], [0.0], [0.0]])
+
+
+def served(method: Method, at: State, client: Client, sites: dict[str, tuple[int, int]]) -> Group:
+    """What a client's model adds to its frozen weights at evaluation."""
+    return update(method, method.prepare(method.broadcast(at, client, 0), {}, sites, client, 0))
+
+
+def random_uploads(ranks: Sequence[int], sites: dict[str, tuple[int, int]] = SITES, key: int = 0) -> list[Upload]:
+    """Clients of given ranks and different sizes, in float64."""
+    made = []
+    for i, r in enumerate(ranks):
+        rng = lora.generator(key, i)
+        A = {s: torch.randn(r, n, generator=rng, dtype=torch.float64) for s, (_, n) in sites.items()}
+        B = {s: torch.randn(m, r, generator=rng, dtype=torch.float64) for s, (m, _) in sites.items()}
+        made.append(Upload(Client(f"c{i}", 2 * i + 3, r), {"A": A, "B": B}, 1))
+    return made
+
+
+def ideal(method: Method, sent: Sequence[Upload]) -> Group:
+    """sum_k p_k s_k B_k A_k, densely."""
+    total = sum(u.client.examples for u in sent)
+    out: Group = {}
+    for u in sent:
+        own = u.client.rank if method.name == "flexlora" else method.rank
+        s = lora.scale(method.alpha, own, method.rslora)
+        for site, A in u.state["A"].items():
+            out[site] = out.get(site, torch.zeros(())) + u.client.examples / total * s * u.state["B"][site] @ A
+    return out
