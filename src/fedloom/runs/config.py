@@ -149,6 +149,23 @@ class EngineSection(_Section):
     """Clients trained in one pass. Results with another cohort size agree up to rounding."""
     threads: int | None = Field(None, ge=1)
 
+    superlink: str | None = None
+    """flower: host:port of a running SuperLink; without one, a deployment is started on this machine for the run."""
+    root_certificates: str | None = None
+    """flower: the PEM file of the authority that signed the SuperLink's certificate; without it, no TLS."""
+    nodes: int | None = Field(None, ge=1)
+    """flower, on this machine: how many nodes share the clients; two by default."""
+    wire: Literal["float32", "bfloat16", "int8"] = "float32"
+    """flower: how float32 numbers cross. int8 is for uploads, with error feedback; what the server sends is then float32."""
+    deadline_s: float = Field(600.0, gt=0)
+    """flower: how long a round waits for answers."""
+    quorum: int = Field(1, ge=1)
+    """flower: a round with fewer answers is not counted, and the run stops at its checkpoint."""
+    oversample: float = Field(0.0, ge=0)
+    """flower: ask so many more clients (0.5: half as many again) and take those that answer first."""
+    patience_s: float = Field(600.0, gt=0)
+    """flower: how long the start waits for clients to announce themselves."""
+
     @model_validator(mode="after")
     def _positive(self) -> EngineSection:
         if isinstance(self.cohort, int) and self.cohort < 1:

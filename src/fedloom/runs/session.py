@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ import torch
 
 from fedloom import checkpoint
 from fedloom.checkpoint import Kept
-from fedloom.core import Client, Failure, Method, State, Work
+from fedloom.core import Client, Failure, Job, Method, State, Work
 from fedloom.data import partition
 from fedloom.data.text import Encoded
 from fedloom.engines.inprocess import InProcess
-from fedloom.loop import Record, federate, some
-from fedloom.runs import evaluate, export
+from fedloom.engines.link import Link
+from fedloom.loop import Record, federate
+from fedloom.runs import evaluate, export, remote
 from fedloom.runs.assemble import Parts, absolute
 from fedloom.runs.config import RunConfig
 from fedloom.runs.directory import RunDirectory, digest_file, digest_files
@@ -117,13 +118,16 @@ def _go(run: RunDirectory, parts: Parts, observer: Observer) -> Result:
         threads = parts.config.engine.threads
         if threads is not None:
             torch.set_num_threads(threads)
-        return _Session(run, parts, observer, kept).go(t, state)
+        with remote.connected(run, parts, observer.doing) as link:
+            return _Session(run, parts, observer, kept, link).go(t, state)
 
 
 class _Session:
     """One process's share of a run."""
 
-    def __init__(self, run: RunDirectory, parts: Parts, observer: Observer, kept: Kept) -> None:
+    def __init__(
+        self, run: RunDirectory, parts: Parts, observer: Observer, kept: Kept, link: Link | None = None
+    ) -> None:
         self.run = run
         self.parts = parts
         self.observer = observer
@@ -131,7 +135,7 @@ class _Session:
         _ = parts.tables, parts.partition
         observer.doing("loading the model")
         self.trainer = _Timed(parts.trainer, self._progress)
-        self.engine = InProcess(
+        self.own = InProcess(
             self.trainer,
             parts.sites,
             parts.rows_of,
@@ -139,6 +143,10 @@ class _Session:
             fresh=parts.head,
             cohort=parts.cohort,
         )
+        self.far = None if link is None else remote.engine(link, run, parts, self.own, observer.doing)
+        """The clients' engine if they are on other machines: they then evaluate and keep their own models there."""
+        self.engine = self.own if self.far is None else self.far
+        self.kept = self.engine.kept
         self.clients = parts.clients
         self.rounds = parts.config.train.rounds
         self._trained = 0
@@ -158,7 +166,7 @@ class _Session:
         if t < 0:
             state = self.parts.initial_state()
             self._record({"round": 0, "clients": [], "dropped": {}, "train_loss": None}, Record(0), state)
-            checkpoint.save(self.run.checkpoint, 0, state, self.engine.kept)
+            checkpoint.save(self.run.checkpoint, 0, state, self.kept)
             t = 0
         c = self.parts.config
         self.observer.doing(f"round {t + 1}")
@@ -169,7 +177,7 @@ class _Session:
             self.clients,
             self.rounds,
             start=t + 1,
-            sample=some(c.clients.fraction, c.seed),
+            sample=remote.sampler(self.parts),
             server=self.parts.server,
             max_norm=c.clients.max_norm,
             on_round=self._after,
@@ -177,12 +185,12 @@ class _Session:
         self._personalise(state)
         self._adapters(state)
         self._manifest(adapter=digest_files(self.run.adapter))
-        checkpoint.save(self.run.checkpoint, self.rounds, state, self.engine.kept, done=True)
+        checkpoint.save(self.run.checkpoint, self.rounds, state, self.kept, done=True)
         return Result(self.run.path, self.run.rounds())
 
     def _after(self, state: State, record: Record) -> None:
         self._record({"round": record.t}, record, state)
-        checkpoint.save(self.run.checkpoint, record.t, state, self.engine.kept)
+        checkpoint.save(self.run.checkpoint, record.t, state, self.kept)
         self._trained = 0
         if record.t < self.rounds:
             self.observer.doing(f"round {record.t + 1}")
@@ -200,7 +208,7 @@ class _Session:
         clock = time.perf_counter()
         if due:
             self.observer.doing("evaluating")
-            line["eval"] = self._scores(state)
+            line["eval"] = self._scores(state, record.t)
             line["eval_of"] = "clients" if self.parts.method.personal else "server"
         evaluated = time.perf_counter() - clock
         line |= {
@@ -215,32 +223,42 @@ class _Session:
         }
         if self.network is not None and record.t > 0 and self.parts.method.stage(record.t) == "clients":
             line["network"] = self.network.round(record)
+        if self.far is not None and record.t > 0:
+            line["engine"] = self.far.told()
+            line["seconds"]["train"] = line["engine"].pop("train_s")
         self.trainer.seconds = 0.0
         self.run.append(line)
         self.observer.round(line)
 
-    def _scores(self, state: State) -> dict[str, float]:
+    def _scores(self, state: State, t: int) -> dict[str, float]:
         """Of the server's model, or the mean over the clients' own models where there is no common one."""
         parts = self.parts
         if not parts.method.personal:
             return evaluate.score(parts, parts.method, evaluate.global_work(parts, state), parts.eval_rows)
-        return self._personal_scores(state)[0]
+        return self._personal_scores(state, t)[0]
 
-    def _personal_scores(self, state: State) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    def _personal_scores(self, state: State, t: int) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         parts = self.parts
         each = {}
-        for client in self.clients:
-            work = evaluate.client_work(parts, state, self.engine.own(client.id), client.id)
-            each[client.id] = evaluate.score(parts, parts.method, work, parts.eval_rows)
-        return evaluate.mean(each.values(), [client.examples for client in self.clients]), each
+        if self.far is not None:
+            each = self.far.scores(self._models(state), t)
+        else:
+            for client in self.clients:
+                work = evaluate.client_work(parts, state, self.own.own(client.id), client.id)
+                each[client.id] = evaluate.score(parts, parts.method, work, parts.eval_rows)
+        answered = [client for client in self.clients if client.id in each]
+        return evaluate.mean([each[c.id] for c in answered], [c.examples for c in answered]) if each else {}, each
+
+    def _models(self, state: State) -> Iterator[Job]:
+        """What every client is sent so that it has its own model."""
+        return ((client, self.parts.method.broadcast(state, client, 0)) for client in self.clients)
 
     def _personalise(self, state: State) -> None:
         """The personal phase: every client trains for itself and uploads nothing. One more line in rounds.jsonl."""
         method, t = self.parts.method, self.rounds + 1
-        jobs = ((client, method.broadcast(state, client, 0)) for client in self.clients)
         loss, weight, dropped, trained = 0.0, 0, {}, []
         start = time.perf_counter()
-        for result in self.engine.personalise(method, jobs, t):
+        for result in self.engine.personalise(method, self._models(state), t):
             trained.append(result.client.id)
             if isinstance(result, Failure):
                 dropped[result.client.id] = result.reason
@@ -252,7 +270,7 @@ class _Session:
         seconds = time.perf_counter() - start
         clock = time.perf_counter()
         self.observer.doing("evaluating the personal models")
-        mean, each = self._personal_scores(state)
+        mean, each = self._personal_scores(state, t)
         evaluated = time.perf_counter() - clock
         line = {
             "round": t,
@@ -275,9 +293,11 @@ class _Session:
         parts = self.parts
         self.observer.doing("writing the adapter")
         export.write(parts, parts.method, evaluate.global_work(parts, state), self.run.adapter)
-        for client in self.engine.kept.clients():
+        if self.far is not None:
+            self.far.export(self._models(state), self.rounds + 1)
+        for client in self.kept.clients():
             if client in parts.partition:
-                work = evaluate.client_work(parts, state, self.engine.own(client), client)
+                work = evaluate.client_work(parts, state, self.own.own(client), client)
                 export.write(parts, parts.method, work, self.run.path / "clients" / client / "adapter")
 
     def _manifest(self, adapter: str | None) -> None:
