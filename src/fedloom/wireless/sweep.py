@@ -118,7 +118,7 @@ def strategies(
                 low, high = np.percentile(of_common, [10, 90])
                 rows.append(Row(x, LABELS[curve], float(of_common.mean()), float(low), float(high)))
     never = [label for label in LABELS.values() if label not in {row.curve for row in rows}]
-    title += f" ({', '.join(never)}: cannot be served)" if never else ""
+    title += f" (breaks a limit on some fleet: {', '.join(never)})" if never else ""
     return Sweep(name, title, x_label, "bound", tuple(rows), x_ticks=tuple(xs) if counts else None)
 
 
