@@ -230,3 +230,19 @@ def test_bytes_of_a_round_are_those_that_crossed() -> None:
     _, record = one_round(method, Echo(), start(method), clients, 1)
     assert record.up.as_dict() == {"B": 4 * 3 * 7}
     assert record.down.as_dict() == {"B": 4 * 3 * 7, "frozen": 5 * 8}
+
+
+def test_a_second_answer_of_a_client_is_not_averaged() -> None:
+    method = build("fedit", rank=2)
+    state = start(method)
+
+    class Twice:
+        def run(self, method: Method, jobs: Iterable[Job], t: int) -> Iterator[Upload | Failure]:
+            for client, received in jobs:
+                yield Upload(client, received, t, {"loss": 1.0})
+                moved = {role: {k: x + 1 for k, x in group.items()} for role, group in received.items()}
+                yield Upload(client, moved, t, {"loss": 2.0})
+
+    after, record = one_round(method, Twice(), state, CLIENTS[:2], 1)
+    assert all(torch.equal(x, state["A"][site]) for site, x in after["A"].items())
+    assert record.train_loss == 1.0

@@ -14,6 +14,7 @@ from fedloom.errors import ConfigError
 from fedloom.loop import federate, one_round
 from fedloom.methods import build
 from fedloom.methods.fedlodrop import FedLoDrop
+from fedloom.methods.fslora import FSLoRA
 
 from .cases import SITES, Case, ToyTrainer, engine, rows, start, update
 
@@ -365,3 +366,11 @@ def test_rank_budgets_only_over_methods_that_have_them() -> None:
     with pytest.raises(ConfigError, match="rank 4, got 2"):
         method().check(small)
     method().check(replace(small, rank=4))
+
+
+def test_weights_reach_the_method_below() -> None:
+    """Dropout over a sketch averages by examples where FedLoDrop says so, though FSLoRA alone would not."""
+    for weights in ("examples", "uniform"):
+        method = build("fedlodrop", rank=2, over="fslora", weights=weights)
+        below = method._inner  # type: ignore[attr-defined]
+        assert isinstance(below, FSLoRA) and below.weights == weights

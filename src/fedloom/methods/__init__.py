@@ -67,13 +67,17 @@ def build(name: str, **values: Any) -> Method:
 
 
 def inner(method: Method, over: str) -> Method:
-    """The method that `method` puts its slices over, with the same rank and scale. Raises ConfigError if it takes none."""
+    """The method that `method` puts its slices over; fields that both have (rank, alpha, weights) are the outer one's.
+
+    Raises ConfigError if that method takes no slices.
+    """
     cls = get(over)
     if not cls.sliceable:
         raise ConfigError(
             f"{method.name} cannot go over {over!r}, expected one of {', '.join(n for n in names() if get(n).sliceable)}"
         )
-    return cls(rank=method.rank, alpha=method.alpha, rslora=method.rslora)
+    outer = {f.name: getattr(method, f.name) for f in fields(method) if f.name != "over"}
+    return cls(**{f.name: outer[f.name] for f in fields(cls) if f.name in outer})
 
 
 def choice(method: str, field: str, got: str, *known: str) -> None:

@@ -30,8 +30,9 @@ class FSLoRA(Method):
     """
 
     sketch: str = "uniform"
-    """`uniform`: a random k-subset; `balanced`: blocks of a random permutation, so that every row is visited once in
-    ceil(r/k) rounds of a client; `importance`: unbiased, rows drawn with probability pi_j, scaled by 1/pi_j."""
+    """`uniform`: a random k-subset; `balanced`: blocks of a random permutation, so that a client that takes part in every
+    round visits each row once in ceil(r/k) of them; `importance`: unbiased, rows drawn with probability pi_j, scaled by
+    1/pi_j."""
     importance_mix: float = 0.5
     """Share of the uniform law in pi: bounds the scale of a rarely drawn row by r / (k importance_mix)."""
     weights: str = "uniform"

@@ -1,7 +1,8 @@
 """HetLoRA: clients of different rank train the leading ranks, weighted by the norm of what they learnt, and prune themselves.
 
 Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", EMNLP 2024, arXiv 2401.06432.
-The paper's text was not available in full and there is no official code: weights, penalty and pruning follow re-implementations.
+The paper's text was not available in full and there is no official code: weights, penalty and pruning follow other
+re-implementations.
 """
 
 from __future__ import annotations
