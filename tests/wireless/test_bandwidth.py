@@ -28,7 +28,7 @@ def best_on_grid(problem: Problem, steps: int) -> float:
 @pytest.mark.parametrize("gap", GAPS)
 def test_optimum_is_below_every_division_on_a_grid_and_above_the_bound(empirical: Empirical, gap: Gap) -> None:
     problem = small(1, empirical, gap, mode="bandwidth")
-    found = solve(problem, time_limit_s=3.0)
+    found = solve(problem, time_limit_s=1.5)
     grid = best_on_grid(problem, 120)
     assert np.isfinite(grid) and found.point is not None
     assert found.value <= grid + 1e-7
