@@ -5,7 +5,7 @@ parameters, compiled once). Both models need second-order cones, which OSQP (qua
 
                      4 devices x 12    50 devices x 128
     Clarabel 0.11        0.003              0.25              after 5.5 s of compilation at 50 x 128
-    SCS 3.3              0.012-0.028        not tried         at 4 x 12 its objective is already 0.04 to 0.4 % off
+    SCS 3.3              0.012-0.028        not tried         at 4 x 12 its objective is already 0.004 to 0.4 % off
 
 so Clarabel it is. The exact search needs no convex solver at all up to 18 subcarriers: its Lagrangian over tabulated sets
 (`columns`) left 20 to 4,000 times less of a gap at the root than the relaxation (3 devices x 5), in about the same time.

@@ -9,6 +9,9 @@ from fedloom.wireless.channel import Array, Rates, Subcarriers
 from fedloom.wireless.problem import Problem
 
 
+_SHOWN = 10
+
+
 def alone(problem: Problem) -> list[str]:
     """One sentence for each limit that a device breaks even with the whole band to itself; empty if none does."""
     everything = _whole_band(problem)
@@ -63,8 +66,12 @@ def explain(problem: Problem, *, proven: bool) -> str:
     """
     lines = alone(problem)
     if lines:
-        more = f" (and {len(lines) - 1} more like this)" if len(lines) > 1 else ""
-        return lines[0] + more
+        if len(lines) == 1:
+            return lines[0]
+        # All of them, so that a fleet is mended in one go rather than device by device.
+        shown = "".join(f"\n  - {line}" for line in lines[:_SHOWN])
+        more = f"\n  - and {len(lines) - _SHOWN} more like these" if len(lines) > _SHOWN else ""
+        return f"{len(lines)} limits cannot be met:{shown}{more}"
     head = (
         "no share of the band serves all devices"
         if proven
