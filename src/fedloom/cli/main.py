@@ -13,6 +13,7 @@ import typer
 from click import ClickException
 from rich.console import Console
 
+from fedloom.cli import flower
 from fedloom.errors import ConfigError, FedloomError
 
 app = typer.Typer(
@@ -61,9 +62,9 @@ def run(
     quickstart = Path(__file__).parent.parent / "quickstart.toml"
     settings = config.load(file if file is not None else quickstart, set_ or [])
     path = out_ if out_ is not None else session.free_name(settings)
-    with _resumable(path), Terminal(out) as terminal:
+    with resumable(path), Terminal(out) as terminal:
         result = session.start(settings, path, terminal)
-    _finished(result)
+    finished(result)
 
 
 @app.command()
@@ -76,13 +77,13 @@ def resume(path: RunPath) -> None:
     from fedloom.cli.terminal import Terminal
     from fedloom.runs import session
 
-    with _resumable(path), Terminal(out) as terminal:
+    with resumable(path), Terminal(out) as terminal:
         result = session.resume(path, terminal)
-    _finished(result)
+    finished(result)
 
 
 @contextmanager
-def _resumable(path: Path) -> Iterator[None]:
+def resumable(path: Path) -> Iterator[None]:
     """Say how to go on when Ctrl-C ends the block."""
     try:
         yield
@@ -92,7 +93,7 @@ def _resumable(path: Path) -> Iterator[None]:
         raise
 
 
-def _finished(result: Any) -> None:
+def finished(result: Any) -> None:
     scores = ", ".join(f"{name} {value:.4f}" for name, value in result.eval.items())
     out.print(f"\nheld-out {scores}" if scores else "")
     out.print(f"adapter: {result.adapter_dir}", soft_wrap=True)
@@ -202,6 +203,10 @@ def verify(path: RunPath) -> None:
         )
     if wrong:
         raise typer.Exit(1)
+
+
+app.command()(flower.serve)
+app.command()(flower.node)
 
 
 def call(args: list[str] | None = None) -> int:

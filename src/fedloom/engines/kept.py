@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from fedloom.checkpoint import Kept
@@ -20,9 +21,9 @@ def before(folder: Path, t: int) -> Kept:
     return Kept(folder, {client: name for client, (_, name) in newest.items()})
 
 
-def forget(folder: Path, kept: Kept) -> None:
-    """Remove what `kept` does not name: rounds that a killed server will not count, and those it will not go back to."""
-    named = set(kept.files.values())
-    for path in folder.glob("*"):
-        if path.name not in named:
+def forget(folder: Path, kept: Kept, clients: Iterable[str]) -> None:
+    """Remove what `kept` does not name of these clients: rounds that a killed server does not count, and bygone ones."""
+    named, ours = set(kept.files.values()), set(clients)
+    for path in folder.glob("*.safetensors"):
+        if path.name not in named and (match := _NAME.fullmatch(path.name)) and match[1] in ours:
             path.unlink(missing_ok=True)

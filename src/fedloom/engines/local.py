@@ -164,7 +164,7 @@ def lend(superlink: str, home: Path, listener_path: Path, certificates: Path | N
 
 
 class Deployment:
-    """A SuperLink and `nodes` SuperNodes, each with a worker that serves its share of the clients, for a `with` block."""
+    """A SuperLink and `nodes` SuperNodes, each with its worker, for a `with` block."""
 
     def __init__(self, nodes: int, logs: Path, threads: int | None = None) -> None:
         if nodes < 1:
@@ -178,7 +178,7 @@ class Deployment:
         self.sockets = [self.folder / f"w{k}" for k in range(nodes)]
         for k in range(nodes):
             specs.append(Spec(f"supernode-{k}", supernode(self.port, runtime[k], self.sockets[k]), env))
-            specs.append(Spec(f"worker-{k}", worker(self.sockets[k], k, nodes, threads), env))
+            specs.append(Spec(f"worker-{k}", worker(self.sockets[k], threads), env))
         self.started = time.monotonic()
         self.keeper = Keeper(specs, logs)
 
@@ -209,7 +209,7 @@ def supernode(link_port: int, port: int, worker_socket: Path) -> list[str]:
     return [command("flower-supernode"), "--insecure", *where, "--node-config", f'worker="{worker_socket}"']
 
 
-def worker(path: Path, k: int, count: int, threads: int | None) -> list[str]:
-    """The command of a worker that serves every `count`-th client of whatever run the server names."""
-    share = [sys.executable, "-m", "fedloom.runs.node", "--socket", str(path), "--share", str(k), str(count)]
+def worker(path: Path, threads: int | None) -> list[str]:
+    """The command of a worker that serves whatever client of whatever run the server names."""
+    share = [sys.executable, "-m", "fedloom.runs.node", "--socket", str(path)]
     return share if threads is None else [*share, "--threads", str(threads)]

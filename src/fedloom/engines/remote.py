@@ -21,6 +21,8 @@ from fedloom.errors import RoundError
 
 POLL_S = 0.1
 """Between looks for answers. The SuperLink is on this machine: a look costs a millisecond."""
+HELLO_S, RETRY_S = 600.0, 60.0
+"""How long a node may take to load its model and say who it is; when one that refused is asked again."""
 NEEDED = ("loss", "loss_max", "grad_norm_max")
 
 
@@ -49,7 +51,11 @@ class _Asked:
 
 
 class Remote:
-    """An engine on a Link. `setup` is what every node is told of the run; `local` trains the server's own rounds."""
+    """An engine on a Link. `setup` is what every node is told of the run; `local` trains the server's own rounds.
+
+    With a `roster` any node can serve any client, and they are dealt out over those that are connected. Without one,
+    nodes say which clients they are.
+    """
 
     def __init__(
         self,
@@ -58,6 +64,7 @@ class Remote:
         terms: Terms,
         local: Engine,
         say: Callable[[str], None] = lambda what: None,
+        roster: Sequence[Client] | None = None,
     ) -> None:
         self.link, self.terms, self.local, self.say = link, terms, local, say
         self.kept = Kept()
@@ -65,81 +72,100 @@ class Remote:
         self.places: dict[str, int] = {}
         """Client id -> its node."""
         self.announced: dict[str, Client] = {}
-        self.refused: dict[int, str] = {}
-        """Node -> why it takes no part."""
+        self.refused: dict[int, tuple[float, str]] = {}
+        """Node -> when and why it said that it takes no part. It is asked again later: its owner may mend it."""
         self.notes: list[str] = []
         """What happened besides: late answers, nodes that came or refused."""
         self.wire = {"down": 0, "up": 0}
         """Bytes of the messages of training that crossed."""
         self.train_s = 0.0
         """Of the node that trained longest."""
-        self._setup = setup
+        self._roster = roster
+        self._setup = setup | {"form": terms.form}
         self._session = secrets.token_hex(16)
         self._numbers = itertools.count(1)
         self._known: set[int] = set()
         self._late: dict[str, _Asked] = {}
+        self._hellos: dict[str, _Asked] = {}
 
     # who is there
 
     def gather(self, count: int, patience_s: float) -> list[Client]:
         """Wait until `count` clients have announced themselves. Raises RoundError with what is known if they do not."""
-        until = time.monotonic() + patience_s
-        while True:
-            self.meet(max(1.0, until - time.monotonic()))
-            if len(self.announced) >= count:
-                return sorted(self.announced.values(), key=lambda client: client.id)
-            if time.monotonic() > until:
-                why = "".join(f"; a node refused: {reason}" for reason in self.refused.values())
-                raise RoundError(
-                    f"{len(self.announced)} of {count} clients announced themselves within {patience_s:.0f} s "
-                    f"({', '.join(sorted(self.announced)) or 'none'}){why}. Start the others, then resume"
-                )
-            self.say(f"waiting for clients: {len(self.announced)} of {count} are there")
-            time.sleep(0.5)
+        self._wait(lambda: len(self.announced), count, "clients", patience_s)
+        return sorted(self.announced.values(), key=lambda client: client.id)
 
-    def meet(self, patience_s: float) -> set[int]:
-        """Set up the nodes that are new; the ids of those connected."""
+    def muster(self, count: int, patience_s: float) -> None:
+        """Wait until `count` nodes are connected. Raises RoundError if they are not."""
+        self._wait(lambda: len(self.link.nodes()), count, "nodes", patience_s)
+
+    def _wait(self, there: Callable[[], int], count: int, what: str, patience_s: float) -> None:
+        until = time.monotonic() + patience_s
+        while there() < count:
+            if time.monotonic() > until:
+                why = "".join(f"; a node refused: {reason}" for _, reason in self.refused.values())
+                raise RoundError(
+                    f"{there()} of {count} {what} were there within {patience_s:.0f} s "
+                    f"({', '.join(sorted(self.announced)) or 'no client'}){why}. Start the others, then resume"
+                )
+            self.say(f"waiting for {what}: {there()} of {count} are there")
+            if self._roster is None:
+                self._greet()
+                self._listen()
+            time.sleep(POLL_S)
+
+    def _greet(self) -> set[int]:
+        """Ask the nodes that are new who they are; the ids of those connected. Does not wait for their answers."""
         online = set(self.link.nodes())
-        new = online - self._known - self.refused.keys()
-        pending: dict[str, _Asked] = {}
-        for node in sorted(new):
-            number = next(self._numbers)
-            header = self._setup | {
-                "do": "setup",
-                "session": self._session,
-                "number": number,
-                "t": 0,
-                "form": self.terms.form,
-            }
-            if (id := self.link.push(node, pack(header), patience_s + 5)) is not None:
-                pending[id] = _Asked(node, number, "setup", 0)
-        for asked, header, _ in self._answers(pending, time.monotonic() + patience_s):
-            if "fault" in header:
-                self._refuse(asked.node, header["fault"], header.get("again", True))
-                continue
-            self._known.add(asked.node)
-            for fields in header.get("clients", []):
-                try:
-                    client = Client(str(fields[0]), int(fields[1]), int(fields[2]), float(fields[3]))
-                except (TypeError, ValueError, IndexError):
-                    self._refuse(asked.node, f"announced {str(fields)[:60]}, expected id, examples, rank and keep")
-                    continue
-                # A node that was started again has a new id: the newest is the one that lives.
-                self.places[client.id] = asked.node
-                self.announced.setdefault(client.id, client)
+        asked = {one.node for one in self._hellos.values()}
+        now = time.monotonic()
+        stubborn = {node for node, (when, _) in self.refused.items() if now < when + RETRY_S}
+        for node in sorted(online - self._known - asked - stubborn):
+            hello = _Asked(node, next(self._numbers), "hello", 0)
+            if (id := self.link.push(node, self._message(hello), HELLO_S)) is not None:
+                self._hellos[id] = hello
         return online
+
+    def _listen(self) -> None:
+        if ids := [*self._hellos, *self._late]:
+            for reply in self.link.pull(ids):
+                self._other(reply)
+
+    def _welcome(self, asked: _Asked, header: dict[str, Any]) -> None:
+        if "fault" in header:
+            self.notes.append(f"node {asked.node} takes no part: {header['fault']}")
+            self.refused[asked.node] = time.monotonic(), header["fault"]
+            return
+        for fields in header.get("clients", []):
+            try:
+                client = Client(str(fields[0]), int(fields[1]), int(fields[2]), float(fields[3]))
+            except (TypeError, ValueError, IndexError):
+                self.notes.append(
+                    f"node {asked.node} announced {str(fields)[:60]}, expected id, examples, rank and keep"
+                )
+                continue
+            # A node that was started again has a new id: the newest is the one that lives.
+            self.places[client.id] = asked.node
+            self.announced.setdefault(client.id, client)
+        self._known.add(asked.node)
+        self.refused.pop(asked.node, None)
+
+    def _placed(self) -> set[int]:
+        """Bring `places` up to date; the nodes that are connected."""
+        self._listen()
+        if self._roster is None:
+            return self._greet() & self._known
+        # A SuperNode does one thing at a time: to a node that owes an answer, or died with it, nothing new is sent.
+        online = sorted(set(self.link.nodes()) - {late.node for late in self._late.values()})
+        if online:
+            self.places = {client.id: online[i % len(online)] for i, client in enumerate(self._roster)}
+        return set(online)
 
     def told(self) -> dict[str, Any]:
         """What happened since the last call, for the record: bytes of messages, seconds of the slowest node, notes."""
         said = {"wire": dict(self.wire), "train_s": round(self.train_s, 4), "notes": self.notes}
         self.wire, self.train_s, self.notes = {"down": 0, "up": 0}, 0.0, []
         return said
-
-    def _refuse(self, node: int, why: str, again: bool = False) -> None:
-        self.notes.append(f"node {node} takes no part: {why}")
-        self._known.discard(node)
-        if not again:
-            self.refused[node] = why
 
     # a round
 
@@ -204,18 +230,20 @@ class Remote:
         if not jobs:
             return
         until = time.monotonic() + self.terms.deadline_s
-        online = self.meet(self.terms.deadline_s)
+        online = self._placed()
         groups: dict[int, list[Job]] = {}
         for client, state in jobs:
             node = self.places.get(client.id)
-            if node is None or node not in online or node not in self._known:
+            if node is None or node not in online:
                 yield Failure(client, "its node is not connected"), {}, []
+            elif (owed := next((late.t for late in self._late.values() if late.node == node), None)) is not None:
+                yield Failure(client, f"its node has not answered round {owed} yet"), {}, []
             else:
                 groups.setdefault(node, []).append((client, state))
         pending: dict[str, _Asked] = {}
         for node, group in groups.items():
             asked = _Asked(node, next(self._numbers), do, t, group)
-            id = self.link.push(node, self._message(asked), max(1.0, until - time.monotonic()))
+            id = self.link.push(node, self._message(asked), self.terms.deadline_s + max(60.0, self.terms.deadline_s))
             if id is None:
                 for client, _ in group:
                     yield Failure(client, "Flower did not accept its message"), {}, []
@@ -237,7 +265,8 @@ class Remote:
                 "session": self._session,
                 "number": asked.number,
                 "t": asked.t,
-                "clients": [[c.id, c.examples, c.rank, c.keep] for c, _ in asked.jobs],
+                "clients": [client.id for client, _ in asked.jobs],
+                "setup": self._setup,
             },
             parts,
         )
@@ -249,16 +278,24 @@ class Remote:
     ) -> Iterator[tuple[_Asked, dict[str, Any], list[memoryview]]]:
         """Answers as they come; `pending` is left with those that did not. A header with `fault` says what is wrong."""
         while pending and not done() and time.monotonic() < until:
-            got = self.link.pull([*pending, *self._late])
+            got = self.link.pull([*pending, *self._late, *self._hellos])
             for reply in got:
-                if (late := self._late.pop(reply.id, None)) is not None:
-                    self.notes.append(f"an answer of {_names(late)} to round {late.t} came late and was not used")
-                elif (asked := pending.pop(reply.id, None)) is not None:
+                if (asked := pending.pop(reply.id, None)) is not None:
                     yield asked, *self._opened(asked, reply)
                 else:
-                    self.notes.append("an answer to nothing that was asked was thrown away")
+                    self._other(reply)
             if not got:
                 time.sleep(POLL_S)
+
+    def _other(self, reply: Reply) -> None:
+        """An answer that no round waits for."""
+        if (hello := self._hellos.pop(reply.id, None)) is not None:
+            self._welcome(hello, self._opened(hello, reply)[0])
+        elif (late := self._late.pop(reply.id, None)) is not None:
+            what = "came late and was not used" if reply.data is not None else f"never came: {reply.fault}"
+            self.notes.append(f"the answer of {_names(late)} to round {late.t} {what}")
+        else:
+            self.notes.append("an answer to nothing that was asked was thrown away")
 
     def _opened(self, asked: _Asked, reply: Reply) -> tuple[dict[str, Any], list[memoryview]]:
         if reply.data is None:
@@ -276,9 +313,7 @@ class Remote:
                 f"expected message {asked.number} of round {asked.t}"
             }, []
         if "refused" in header:
-            if header.get("again"):
-                self._known.discard(asked.node)  # set it up again next round
-            return {"fault": f"refused: {str(header['refused'])[:500]}", "again": bool(header.get("again"))}, []
+            return {"fault": f"refused: {str(header['refused'])[:500]}"}, []
         return header, parts
 
     def _results(self, asked: _Asked, header: dict[str, Any], parts: list[memoryview]) -> Iterator[Upload | Failure]:

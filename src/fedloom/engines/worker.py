@@ -1,7 +1,8 @@
 """A node's worker: one process that loads the model once and answers every message of its node, one at a time.
 
 This is the node's side of the wire: the one place where it decodes what comes and encodes what goes. A message names the
-server's session and carries a number that only grows, so that none is answered twice.
+server's session and carries a number that only grows, so that none is answered twice. It also carries what the worker must
+know of the run: a worker that was started again takes it up from any message, and no round is lost.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Worker:
         self._node = node
         self._session: str | None = None
         self._ended: set[str] = set()
+        self._clients: list[Client] = []
         self._number = 0
         self._form: codec.Form = "raw"
 
@@ -97,40 +99,38 @@ class Worker:
             return pack(head | more, blobs)
         except (WireError, Refused, ConfigError) as error:
             log.warning("refused: %s", error)
-            return pack(head | {"refused": str(error), "again": self._session is None})
+            return pack(head | {"refused": str(error)})
         except Exception as error:
             log.exception("failed")
-            return pack(head | {"refused": f"{type(error).__name__} on the node; its log says more", "again": False})
+            return pack(head | {"refused": f"{type(error).__name__} on the node; its log says more"})
 
     def _admit(self, header: dict[str, Any]) -> None:
-        session, number = header.get("session"), header.get("number")
+        session, number, setup = header.get("session"), header.get("number"), header.get("setup")
         if not isinstance(session, str) or not isinstance(number, int) or not isinstance(header.get("t"), int):
             raise WireError("has no session, number or t")
-        if header.get("do") == "setup" and session != self._session:
+        if session != self._session:
             if session in self._ended:
                 raise Refused("replayed: this session has ended")
+            if not isinstance(setup, dict) or setup.get("form") not in codec.FORMS:
+                raise WireError("does not say what run it is of")
+            self._clients = self._node.setup(setup)
             if self._session is not None:
                 self._ended.add(self._session)
-            self._session, self._number = session, number
-            return
-        if session != self._session:
-            raise Refused("not set up for this session: the worker was started again, or serves another server")
+            self._session, self._number, self._form = session, 0, setup["form"]
+            log.info("process %d: base model loaded %d time(s)", os.getpid(), self._node.loads)
         if number <= self._number:
             raise Refused(f"replayed: message {number} of this session, expected one after {self._number}")
         self._number = number
 
     def _do(self, header: dict[str, Any], parts: list[memoryview]) -> tuple[dict[str, Any], list[bytes]]:
-        if header["do"] == "setup":
-            self._form = header.get("form", "raw")
-            try:
-                clients = self._node.setup(header)
-            except Exception:
-                self._session = None  # so that the server may try again
-                raise
-            log.info("process %d: base model loaded %d time(s)", os.getpid(), self._node.loads)
-            return {"clients": [[c.id, c.examples, c.rank, c.keep] for c in clients]}, []
+        if header["do"] == "hello":
+            return {"clients": [[c.id, c.examples, c.rank, c.keep] for c in self._clients]}, []
         t = int(header["t"])
-        clients = [Client(*fields) for fields in header["clients"]]
+        here = {client.id: client for client in self._clients}
+        if strange := [id for id in header["clients"] if id not in here]:
+            raise Refused(f"clients {', '.join(map(str, strange))} do not live here")
+        # Identity and budget are the node's own, whatever the server says.
+        clients = [here[id] for id in header["clients"]]
         received = [codec.decode(part) for part in parts]
         log.info(
             "%s %d: process %d, base model loaded %d time(s), clients %s",
@@ -159,7 +159,7 @@ class Worker:
         blobs: list[bytes] = []
         by_id = {client.id: state for client, state in zip(clients, received, strict=True)}
         lost = kept.before(self._node.folder / "lost", t)
-        kept.forget(self._node.folder / "lost", lost)
+        kept.forget(self._node.folder / "lost", lost, by_id)
         for result in results:
             if isinstance(result, Failure):
                 answers.append({"client": result.client.id, "failure": result.reason})

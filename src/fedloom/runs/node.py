@@ -1,6 +1,7 @@
 """A node of a run on many machines: its model, its rows and what its clients keep, behind a worker.
 
-Two kinds. A *share* is a part of a run on one machine: it takes the configuration from the server, which started it. A *site*
+Two kinds. A *share* is one of the nodes of a run on one machine: it takes the configuration from the server, which started it,
+and serves whichever clients the server gives it. A *site*
 has its own copy of the run file and its own rows, and takes part only in a run that asks of it what that file says.
 """
 
@@ -18,7 +19,6 @@ import torch
 
 from fedloom.core import Client, Failure, State, Upload
 from fedloom.data import hub
-from fedloom.data.text import Encoded
 from fedloom.engines import kept
 from fedloom.engines.inprocess import InProcess
 from fedloom.engines.worker import Worker
@@ -112,30 +112,27 @@ class LocalNode:
         self._base.into(parts)
         if header.get("model") != parts.base.sha256:
             raise ConfigError("the base model here is not the server's: its sha256 differs")
-        # Rows of each client once: a share has a few clients, a site one.
-        rows: dict[str, Encoded] = {client.id: parts.rows_of(client.id) for client in clients}
-        engine = InProcess(parts.trainer, parts.sites, rows.__getitem__, fresh=parts.head, cohort=1)
+        engine = InProcess(parts.trainer, parts.sites, parts.rows_of, fresh=parts.head, cohort=1)
         self._run = parts, engine, folder
         return clients
 
-    def _engine(self, t: int, forget: bool) -> tuple[Parts, InProcess]:
+    def _engine(self, t: int, forget: Sequence[Client] = ()) -> tuple[Parts, InProcess]:
         """With what clients kept before round t."""
         parts, engine, _ = self._now()
         engine.kept = kept.before(self.folder, t)
-        if forget:
-            kept.forget(self.folder, engine.kept)
+        kept.forget(self.folder, engine.kept, [client.id for client in forget])
         return parts, engine
 
     def train(self, clients: Sequence[Client], received: Sequence[State], t: int) -> list[Upload | Failure]:
-        parts, engine = self._engine(t, forget=True)
+        parts, engine = self._engine(t, clients)
         return list(engine.run(parts.method, zip(clients, received, strict=True), t))
 
     def personal(self, clients: Sequence[Client], received: Sequence[State], t: int) -> list[Upload | Failure]:
-        parts, engine = self._engine(t, forget=True)
+        parts, engine = self._engine(t, clients)
         return list(engine.personalise(parts.method, zip(clients, received, strict=True), t))
 
     def evaluate(self, clients: Sequence[Client], received: Sequence[State], t: int) -> list[dict[str, float]]:
-        parts, engine = self._engine(t + 1, forget=False)
+        parts, engine = self._engine(t + 1)
         return [
             evaluate.score(
                 parts,
@@ -147,19 +144,19 @@ class LocalNode:
         ]
 
     def export(self, clients: Sequence[Client], received: Sequence[State], t: int) -> None:
-        parts, engine = self._engine(t + 1, forget=False)
+        parts, engine = self._engine(t + 1)
         for client, state in zip(clients, received, strict=True):
             if engine.kept.get(client.id) is not None:
                 work = parts.method.prepare(state, engine.own(client.id), parts.sites, client, 0)
                 export.write(parts, parts.method, work, self._now()[2] / "clients" / client.id / "adapter")
 
 
-def share(k: int, count: int) -> LocalNode:
-    """A node of the server's own machine: every `count`-th client of the run that the server names."""
+def share() -> LocalNode:
+    """A node of the server's own machine, for any client of any run that the server names."""
 
     def assemble(header: dict[str, Any]) -> tuple[Parts, list[Client], Path]:
         parts = Parts(parse(tomllib.loads(header["config"]), "the server's configuration"))
-        return parts, parts.clients[k::count], Path(header["folder"])
+        return parts, parts.clients, Path(header["folder"])
 
     return LocalNode(assemble)
 
@@ -199,10 +196,9 @@ def main() -> None:
     """The worker of a share."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--socket", type=Path, required=True)
-    parser.add_argument("--share", type=int, nargs=2, required=True)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
-    serve(share(*args.share), args.socket, args.threads)
+    serve(share(), args.socket, args.threads)
 
 
 if __name__ == "__main__":

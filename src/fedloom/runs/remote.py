@@ -44,8 +44,7 @@ def connected(run: RunDirectory, parts: Parts, say: Callable[[str], None]) -> It
                 link.close()
         return
     say("starting a SuperLink and its nodes")
-    count = c.nodes or min(2, len(parts.clients))
-    with local.Deployment(count, run.path / "logs", c.threads) as deployment:
+    with local.Deployment(nodes(parts), run.path / "logs", c.threads) as deployment:
         link = deployment.connect()
         try:
             yield link
@@ -76,9 +75,9 @@ def engine(link: Link, run: RunDirectory, parts: Parts, own: Engine, say: Callab
         enough=max(1, round(share * count)) if c.engine.oversample > 0 else None,
         form=_FORMS[c.engine.wire],
     )
-    remote = Remote(link, setup, terms, own, say)
+    remote = Remote(link, setup, terms, own, say, parts.clients if here else None)
     if here:
-        remote.gather(count, c.engine.patience_s)
+        remote.muster(nodes(parts), c.engine.patience_s)
         return remote
     known = run.manifest().get("clients") if (run.checkpoint / "latest.json").exists() else None
     if known is None:
@@ -90,6 +89,11 @@ def engine(link: Link, run: RunDirectory, parts: Parts, own: Engine, say: Callab
     for client in parts.clients:
         parts.method.check(client)
     return remote
+
+
+def nodes(parts: Parts) -> int:
+    """How many nodes a run on this machine has."""
+    return parts.config.engine.nodes or min(2, len(parts.clients))
 
 
 def sampler(parts: Parts) -> Sampler:

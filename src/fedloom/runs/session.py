@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fedloom.data import partition
 from fedloom.data.text import Encoded
 from fedloom.engines.inprocess import InProcess
 from fedloom.engines.link import Link
-from fedloom.loop import Record, federate
+from fedloom.loop import Record, federate, in_order
 from fedloom.runs import evaluate, export, remote
 from fedloom.runs.assemble import Parts, absolute
 from fedloom.runs.config import RunConfig
@@ -78,18 +79,23 @@ class _Timed:
             self.progress(len(works))
 
 
-def start(config: RunConfig, out: Path | None = None, observer: Observer | None = None) -> Result:
-    """Run a configuration in a new directory (by default the next free one below `runs/`)."""
+def start(
+    config: RunConfig, out: Path | None = None, observer: Observer | None = None, link: Link | None = None
+) -> Result:
+    """Run a configuration in a new directory (by default the next free one below `runs/`).
+
+    `link` leads to nodes that are there already; without one, `config.engine` says where clients are.
+    """
     config = absolute(config)
     parts = Parts(config)  # a wrong method or budget is told before anything is written
     run = RunDirectory.create(out if out is not None else free_name(config), config)
-    return _go(run, parts, observer or Observer())
+    return _go(run, parts, observer or Observer(), link)
 
 
-def resume(path: Path, observer: Observer | None = None) -> Result:
+def resume(path: Path, observer: Observer | None = None, link: Link | None = None) -> Result:
     """Go on with a run from its newest checkpoint: it ends with the same adapter bytes as if it had never stopped."""
     run = RunDirectory.open(path)
-    return _go(run, Parts(run.config()), observer or Observer())
+    return _go(run, Parts(run.config()), observer or Observer(), link)
 
 
 def free_name(config: RunConfig) -> Path:
@@ -104,7 +110,7 @@ def free_name(config: RunConfig) -> Path:
     return path
 
 
-def _go(run: RunDirectory, parts: Parts, observer: Observer) -> Result:
+def _go(run: RunDirectory, parts: Parts, observer: Observer, link: Link | None) -> Result:
     with run.held():
         if (run.checkpoint / "latest.json").exists():
             t, state, kept, done = checkpoint.load(run.checkpoint)
@@ -118,8 +124,8 @@ def _go(run: RunDirectory, parts: Parts, observer: Observer) -> Result:
         threads = parts.config.engine.threads
         if threads is not None:
             torch.set_num_threads(threads)
-        with remote.connected(run, parts, observer.doing) as link:
-            return _Session(run, parts, observer, kept, link).go(t, state)
+        with nullcontext(link) if link is not None else remote.connected(run, parts, observer.doing) as reached:
+            return _Session(run, parts, observer, kept, reached).go(t, state)
 
 
 class _Session:
@@ -150,6 +156,7 @@ class _Session:
         self.clients = parts.clients
         self.rounds = parts.config.train.rounds
         self._trained = 0
+        self._personal = parts.method.personal
         self.network = plan(parts) if parts.config.network is not None else None
 
     def _progress(self, count: int) -> None:
@@ -256,17 +263,19 @@ class _Session:
     def _personalise(self, state: State) -> None:
         """The personal phase: every client trains for itself and uploads nothing. One more line in rounds.jsonl."""
         method, t = self.parts.method, self.rounds + 1
-        loss, weight, dropped, trained = 0.0, 0, {}, []
+        record = Record(t)
         start = time.perf_counter()
-        for result in self.engine.personalise(method, self._models(state), t):
-            trained.append(result.client.id)
+        results = self.engine.personalise(method, self._models(state), t)
+        for result in in_order(results, [client.id for client in self.clients]):
+            record.clients.append(result.client.id)
             if isinstance(result, Failure):
-                dropped[result.client.id] = result.reason
-                continue
-            loss += result.client.examples * result.metrics["loss"]
-            weight += result.client.examples
-        if not trained:
+                record.dropped[result.client.id] = result.reason
+            else:
+                record.metrics[result.client.id] = result.metrics
+                record.examples[result.client.id] = result.client.examples
+        if not record.clients:
             return
+        self._personal = True
         seconds = time.perf_counter() - start
         clock = time.perf_counter()
         self.observer.doing("evaluating the personal models")
@@ -275,16 +284,16 @@ class _Session:
         line = {
             "round": t,
             "stage": "personal",
-            "clients": trained,
-            "dropped": dropped,
-            "train_loss": loss / weight if weight else None,
+            "clients": record.clients,
+            "dropped": record.dropped,
+            "train_loss": record.train_loss,
             "eval": mean,
             "eval_of": "clients",
             "eval_clients": each,
             "bytes_up": {},
             "bytes_down": {},
             "seconds": {"total": seconds + evaluated, "train": self.trainer.seconds, "evaluate": evaluated},
-            "report": {},
+            "report": _report(record, state),
         }
         self.run.append(line)
         self.observer.round(line)
@@ -293,7 +302,7 @@ class _Session:
         parts = self.parts
         self.observer.doing("writing the adapter")
         export.write(parts, parts.method, evaluate.global_work(parts, state), self.run.adapter)
-        if self.far is not None:
+        if self.far is not None and self._personal:
             self.far.export(self._models(state), self.rounds + 1)
         for client in self.kept.clients():
             if client in parts.partition:

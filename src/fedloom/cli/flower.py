@@ -1,0 +1,92 @@
+"""The two commands of a run on many machines: `serve` beside a SuperLink, `node` beside each SuperNode."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedloom.errors import ConfigError, RunError
+
+RunFile = Annotated[Path, typer.Argument(metavar="FILE.toml", help="The run file.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the run file. Repeatable.")
+]
+
+
+def serve(
+    file: RunFile,
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="The SuperLink.")] = "127.0.0.1:8000",
+    root_certificates: Annotated[
+        Path | None, typer.Option(metavar="PEM", help="Who signed its certificate; without it, no TLS.")
+    ] = None,
+    clients: Annotated[int | None, typer.Option(help="Wait for so many (default: clients.count).")] = None,
+    set_: Set = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run directory to make.")] = None,
+) -> None:
+    """Be the server of a run on many machines, beside a running SuperLink. `fedloom resume` goes on with it.
+
+    Example: fedloom serve run.toml --root-certificates ca.crt --clients 2 --out runs/two-sites
+    """
+    from fedloom.cli import main as commands
+    from fedloom.cli.terminal import Terminal
+    from fedloom.data import hub
+    from fedloom.runs import config, session
+
+    hub.quiet()
+    values = config.override(config.read_toml(file), set_ or [])
+    engine = values.setdefault("engine", {})
+    engine |= {"name": "flower", "superlink": superlink}
+    if root_certificates is not None:
+        if not root_certificates.is_file():
+            raise ConfigError(f"there is no file {root_certificates}, expected the authority's certificate")
+        engine["root_certificates"] = str(root_certificates.resolve())
+    if clients is not None:
+        values.setdefault("clients", {})["count"] = clients
+    settings = config.parse(values, str(file))
+    path = out if out is not None else session.free_name(settings)
+    with commands.resumable(path), Terminal(commands.out) as terminal:
+        result = session.start(settings, path, terminal)
+    commands.finished(result)
+
+
+def node(
+    file: RunFile,
+    data: Annotated[str, typer.Option(metavar="FILE", help="This site's rows: .jsonl, .csv or .parquet.")],
+    id_: Annotated[str, typer.Option("--id", metavar="ID", help="The name of this client.")],
+    socket: Annotated[
+        Path, typer.Option(metavar="PATH", help="Where the SuperNode finds it: --node-config 'worker=\"PATH\"'.")
+    ] = Path("worker.socket"),
+    rank: Annotated[int | None, typer.Option(help="Train so many ranks (default: all).")] = None,
+    keep: Annotated[float, typer.Option(help="1 - dropout rate: the share that is trained.")] = 1.0,
+    folder: Annotated[Path, typer.Option(metavar="DIR", help="For what the client keeps and its own model.")] = Path(
+        "fedloom-node"
+    ),
+    eval_data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Score this client's own model on these (default: a hold-out).")
+    ] = None,
+    set_: Set = None,
+) -> None:
+    """Be a client of a run on many machines, beside a SuperNode: load the model once, train when asked, keep the rows here.
+
+    Example: fedloom node run.toml --data local.jsonl --id north --rank 4
+    """
+    from fedloom.data import load
+    from fedloom.runs import config
+    from fedloom.runs import node as nodes
+
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", id_):
+        raise ConfigError(f"--id is {id_!r}, expected letters, digits, dots, dashes and underscores")
+    values = config.override(config.read_toml(file), set_ or [])
+    values.setdefault("task", {})["data"] = data
+    if eval_data is not None:
+        values["task"]["eval_data"] = eval_data
+    values["clients"] = {"count": 1, "keep": keep} | ({} if rank is None else {"ranks": rank})
+    settings = config.parse(values, str(file))
+    load.load(data)  # what is wrong with the file is told here, to who can mend it
+    try:
+        nodes.serve(nodes.site(settings, id_, folder.resolve()), socket.resolve(), settings.engine.threads)
+    except OSError as error:
+        raise RunError(f"cannot listen at {socket}: {error.strerror or error}") from None

@@ -1,0 +1,70 @@
+"""Every method ends with the same bytes in this process and through a real SuperLink with two SuperNodes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedloom import methods
+from fedloom.engines.link import GridLink
+from fedloom.runs import session
+from fedloom.runs.config import parse
+
+Settings = Callable[..., dict[str, Any]]
+
+BUDGETS = {
+    "hetlora": {"ranks": [1, 2, 4]},
+    "flexlora": {"ranks": [1, 2, 4]},
+    "fslora": {"ranks": [1, 2, 4]},
+    "ffa_lora": {"ranks": [1, 2, 4]},
+    "fedlodrop": {"keep": [0.5, 0.75, 1.0]},
+}
+COMPOSED = {
+    "fslora-over-fedex": ("fslora", {"over": "fedex_lora"}),
+    "fedlodrop-over-fslora": ("fedlodrop", {"over": "fslora"}),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tensors(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.glob("**/adapter_model.safetensors"))}
+
+
+@pytest.mark.parametrize("name", [*methods.names(), *COMPOSED])
+def test_the_same_bytes_in_process_and_through_flower(
+    name: str, settings: Settings, link: GridLink, tmp_path: Path
+) -> None:
+    method, fields = COMPOSED.get(name, (name, {}))
+    values = settings(
+        method={"name": method, **fields},
+        clients={"count": 3, **BUDGETS.get(method, {})},
+        train={"rounds": 2, "evaluate_every": 0, "local_steps": 2},
+        engine={"cohort": 1, "deadline_s": 120.0},
+    )
+    config = parse(values, "test")
+    here = session.start(config, tmp_path / "here")
+    far = session.start(config, tmp_path / "far", link=link)
+
+    assert tensors(tmp_path / "far") == tensors(tmp_path / "here")
+    assert len(tensors(tmp_path / "here")) == (4 if method in ("fedsa_lora", "fedlora_optimizer") else 1)
+    for ours, theirs in zip(here.rounds, far.rounds, strict=True):
+        for key in ("clients", "dropped", "eval", "bytes_up", "bytes_down", "train_loss", "eval_clients"):
+            assert theirs.get(key) == ours.get(key), key
+
+
+def test_the_base_model_was_loaded_once_by_each_node(link: GridLink, logs: Path) -> None:
+    for log in sorted(logs.glob("worker-*.log")):
+        said = re.findall(r"process (\d+), base model loaded (\d+) time", log.read_text())
+        assert len(said) > 1 and set(said) == {(said[0][0], "1")}
