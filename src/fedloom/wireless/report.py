@@ -12,6 +12,16 @@ from fedloom.wireless.allocate import Allocation
 _PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u"))
 
 
+def short(value: float) -> str:
+    """Three digits in at most seven characters.
+
+    >>> short(0.1608), short(0.00415), short(0.000021)
+    ('0.161', '0.00415', '2.1e-05')
+    """
+    text = f"{value:.3g}"
+    return text if len(text) <= 7 else f"{value:.1e}"
+
+
 def quantity(value: float, unit: str) -> str:
     """Three digits with an SI prefix.
 
@@ -57,7 +67,7 @@ def cost_table(allocation: Allocation) -> Table:
     for device in allocation.devices:
         numbers = [device.down_s, device.compute_s, device.up_s, device.latency_s]
         numbers += [device.transmit_j, device.compute_j, device.overhead_j, device.energy_j, device.energy_limit_j]
-        table.add_row(device.id, *(f"{number:.3g}" for number in numbers))
+        table.add_row(device.id, *(short(number) for number in numbers))
     return table
 
 
