@@ -8,7 +8,6 @@ from fedloom.wireless import bandwidth, search
 from fedloom.wireless.channel import Array, Rates, Subcarriers
 from fedloom.wireless.problem import Problem
 
-
 _SHOWN = 10
 
 
