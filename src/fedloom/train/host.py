@@ -39,6 +39,7 @@ class Host:
         self._dtype = dtype
         self._attention = attention
         self._adapted = inject(model, sites, heads)
+        self._own_attention = self._attention_now()
         # transformers' blocks carry their switches as attributes that no type declares: hence Any.
         self._blocks: list[Any] = [
             module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
@@ -52,9 +53,10 @@ class Host:
         self._accepted = inspect.signature(model.forward).parameters
 
     def close(self) -> None:
-        """Put the model's own layers back."""
+        """Put the model's own layers and attention back."""
         self.rest()
         self._adapted.eject()
+        self._use_attention(self._own_attention)
 
     def rest(self) -> None:
         """Take everything off the model: no adapter, no training mode."""
@@ -200,10 +202,16 @@ class Host:
             tokens, rows = sum(len(d.tokens) for d in data), sum(len(d) for d in data)
             # transformers' plain attention makes NaN of a fully padded query in float64.
             name = "sdpa" if compute == torch.float64 else choose(self.device, compute, tokens // max(1, rows))
+        self._use_attention(name)
+
+    def _use_attention(self, name: str | None) -> None:
         # Plain modules have no attention of transformers' to choose.
         choice = getattr(self.model, "set_attn_implementation", None)
-        if choice is not None and getattr(self.model.config, "_attn_implementation", None) != name:
+        if choice is not None and name is not None and self._attention_now() != name:
             choice(name)
+
+    def _attention_now(self) -> str | None:
+        return getattr(getattr(self.model, "config", None), "_attn_implementation", None)
 
     def _offsets(self, offset: Mapping[str, Group], dtype: torch.dtype) -> dict[str, Offset]:
         left, right = offset.get("left", {}), offset.get("right", {})
