@@ -1,0 +1,166 @@
+"""Two sites with rows of their own, TLS and node authentication: the guide's commands, run for real on the loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from fedloom.engines import local
+from fedloom.engines.local import Keeper, Spec, free_ports
+from fedloom.errors import ConfigError
+from fedloom.runs.assemble import Parts
+from fedloom.runs.config import parse
+from fedloom.runs.directory import RunDirectory
+from fedloom.runs.node import agreement, site
+
+Settings = Callable[..., dict[str, Any]]
+CLI = [sys.executable, "-c", "from fedloom.cli.main import main; main()"]
+SECRET = "quetzalcoatl"
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="fedloom-sites-"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def sh(line: str, folder: Path, **env: str) -> str:
+    done = subprocess.run(
+        line, shell=True, cwd=folder, capture_output=True, text=True, timeout=120, env=os.environ | env
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def certificates(folder: Path) -> None:
+    """As the guide has them."""
+    sh(
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -days 2 -subj '/CN=two sites' "
+        "-keyout ca.key -out ca.crt && "
+        "openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -subj '/CN=localhost' "
+        "-keyout server.key -out server.csr && "
+        "printf 'subjectAltName=DNS:localhost,IP:127.0.0.1' > san.txt && "
+        "openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile san.txt -out server.pem",
+        folder,
+    )
+    for name in ("north", "south", "stranger"):
+        sh(f"ssh-keygen -q -t ecdsa -b 384 -N '' -f {name}", folder)
+
+
+def rows(source: Path, folder: Path) -> None:
+    """Half of the questions for each site, with a word that no other machine may ever see."""
+    lines = [line.split(",") for line in source.read_text().splitlines()[1:]]
+    for name, part in (("north", lines[::2]), ("south", lines[1::2])):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for text, label, _ in part:
+                file.write(json.dumps({"text": f"{text} {SECRET}", "label": label}) + "\n")
+
+
+def test_two_sites_with_tls_and_node_authentication(settings: Settings, questions: Path, folder: Path) -> None:
+    pytest.importorskip("flwr")
+    certificates(folder)
+    rows(questions, folder)
+    values = settings(
+        method={"name": "fslora"},
+        train={"rounds": 2, "local_steps": 2, "evaluate_every": 0},
+        engine={"deadline_s": 60.0, "patience_s": 120.0, "threads": 1},
+    )
+    del values["clients"]
+    (folder / "run.toml").write_text(tomli_w.dumps(values))
+    env = local.environment(folder / "home")
+    port, *runtime = free_ports(4)
+    tls = ["--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key", "--ssl-ca-certfile", "ca.crt"]
+    tls = [str(folder / x) if "." in x and not x.startswith("--") else x for x in tls]
+
+    def node(k: int, name: str) -> Spec:
+        start = [local.command("flower-supernode"), "--root-certificates", str(folder / "ca.crt")]
+        start += ["--superlink", f"127.0.0.1:{port}", "--port", str(runtime[k]), *tls, "--max-retries", "3"]
+        start += ["--auth-supernode-private-key", str(folder / name)]
+        return Spec(f"supernode-{name}", [*start, "--node-config", f'worker="{folder}/{name}.socket"'], env)
+
+    def worker(name: str, *more: str) -> Spec:
+        start = [*CLI, "node", str(folder / "run.toml"), "--data", str(folder / f"{name}.jsonl"), "--id", name]
+        start += ["--socket", str(folder / f"{name}.socket"), "--folder", str(folder / f"site-{name}"), *more]
+        return Spec(f"node-{name}", start, env)
+
+    link = [
+        local.command("flower-superlink"),
+        *tls,
+        "--enable-supernode-auth",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    link += ["--database", str(folder / "state.db"), "--disable-runtime-dependency-installation"]
+    keepers = [Keeper([Spec("superlink", link, env), worker("north"), worker("south", "--rank", "2")], folder / "logs")]
+    try:
+        local.wait_for_port(port, lambda: keepers[0].running("superlink"), "the SuperLink")
+        home = folder / "home"
+        home.mkdir(exist_ok=True)
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "sites"\n\n[superlink.sites]\naddress = "127.0.0.1:{port}"\n'
+            f'root-certificates = "{folder}/ca.crt"\n'
+        )
+        for name in ("north", "south"):
+            sh(f"{local.command('flwr')} supernode register {name}.pub sites", folder, **env)
+        keepers.append(Keeper([node(0, "north"), node(1, "south"), node(2, "stranger")], folder / "logs"))
+        serve = [*CLI, "serve", str(folder / "run.toml"), "--superlink", f"127.0.0.1:{port}", "--clients", "2"]
+        serve += ["--root-certificates", str(folder / "ca.crt"), "--out", str(folder / "run")]
+        done = subprocess.run(serve, capture_output=True, text=True, timeout=240, env=os.environ | env, cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        until = time.monotonic() + 30
+        while keepers[1].running("supernode-stranger") and time.monotonic() < until:
+            time.sleep(0.2)
+        assert not keepers[1].running("supernode-stranger")
+        assert "305" in (folder / "logs" / "supernode-stranger.log").read_text()
+    finally:
+        for keeper in reversed(keepers):
+            keeper.close()
+
+    run = RunDirectory(folder / "run")
+    assert run.manifest()["clients"] == {
+        "north": {"examples": 24, "rank": 4, "keep": 1.0},
+        "south": {"examples": 24, "rank": 2, "keep": 1.0},
+    }
+    assert [r["dropped"] for r in run.rounds()] == [{}] * 3
+    assert [r["clients"] for r in run.rounds()[1:]] == [["north", "south"]] * 2
+    for name in ("north", "south"):
+        said = re.findall(
+            r"process (\d+), base model loaded (\d+) time", (folder / f"logs/node-{name}.log").read_text()
+        )
+        assert len(said) >= 2 and len(set(said)) == 1 and said[0][1] == "1"
+    # Rows stay where they are: a word that all of them have is nowhere with the server, nor in what the SuperLink stored.
+    stored = [path for path in (folder / "run").rglob("*") if path.is_file()] + list(folder.glob("state.db*"))
+    assert len(stored) > 5 and not any(SECRET.encode() in path.read_bytes() for path in stored)
+
+
+def test_a_site_takes_part_only_in_the_run_of_its_own_file(settings: Settings, tmp_path: Path) -> None:
+    ours = parse(settings(clients={"count": 1}, train={"rounds": 3}), "test")
+    theirs = parse(settings(clients={"count": 1}, train={"rounds": 3, "lr": 0.5}, method={"name": "fedit"}), "test")
+    parts = Parts(ours)
+    node = site(ours, "north", tmp_path)
+    header = {"run": "1", "labels": parts.tables.labels, "model": parts.base.sha256}
+    with pytest.raises(ConfigError, match=r"method\.name, train\.lr differ"):
+        node.setup(header | {"agreement": agreement(theirs)})
+    with pytest.raises(ConfigError, match="named no labels"):
+        node.setup({"run": "1", "agreement": agreement(ours)})
+    with pytest.raises(ConfigError, match="has no name"):
+        node.setup(header | {"run": "../../etc", "agreement": agreement(ours)})
+    with pytest.raises(ConfigError, match="base model here is not the server's"):
+        node.setup(header | {"agreement": agreement(ours), "model": "0"})
+    (client,) = node.setup(header | {"agreement": agreement(ours)})
+    assert (client.id, client.rank, client.keep) == ("north", 4, 1.0) and node.loads == 1
