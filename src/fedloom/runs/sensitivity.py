@@ -127,6 +127,7 @@ def change(pairs: Iterable[Pair], dim: int) -> Change:
 
     A vector without a length, in either, has no direction and is left out of it; a pair without any vector left, too.
 
+    >>> import torch
     >>> change([(torch.tensor([[2.0], [0.0]]), torch.tensor([[0.0], [1.0]]))], dim=0)
     Change(direction=1.0, magnitude=1.0, per_root_length=0.7071067811865475, relative=1.0)
     """
