@@ -94,24 +94,36 @@ def test_sentence_pairs_keep_their_token_types(build: Any, works: Any) -> None:
     assert not torch.allclose(found[0], plain, atol=1e-4)
 
 
-def test_every_token_has_one_slot_and_tails_point_to_padding() -> None:
+def test_every_token_has_one_slot() -> None:
     data = [of_lengths(lengths, "classification", k) for k, lengths in enumerate([[3, 9, 16, 2], [16], [16, 16, 1]])]
     batch = collate([(d, np.arange(len(d))) for d in data])
     packing = pack_batch(batch, causal=False)
-    assert packing.input_ids.shape == (3, 33)
-    for k, d in enumerate(data):
-        n = len(d.tokens)
-        assert packing.input_ids[k, :n].tolist() == d.tokens.tolist()
-        assert packing.position_ids[k, :n].tolist() == [i for x in d.lengths for i in range(x)]
-        assert (packing.input_ids[k, n:] == 0).all()
+    assert packing.input_ids[0].tolist() == [int(x) for d in data for x in d.tokens]
+    assert packing.position_ids[0].tolist() == [i for d in data for x in d.lengths for i in range(x)]
     assert packing.spread.shape == (8, 16)  # rows of data alone: fillers have no attention
     there = packing.input_ids.flatten()[packing.spread]
     rows = torch.cat([batch.input_ids[4 * k : 4 * k + len(d)] for k, d in enumerate(data)])
     assert torch.equal(there[packing.valid], rows[packing.valid])
-    real = torch.zeros(99, dtype=torch.bool)
-    real[packing.spread[packing.valid]] = True
-    assert torch.equal(packing.valid.flatten()[packing.collect], real)
-    assert int(real.sum()) == 79
+    assert torch.equal(packing.spread.flatten()[packing.collect], torch.arange(79))
+    assert packing.segments is not None
+    tokens = torch.arange(1.0, 80.0).view(1, 79, 1)
+    by_client = packing.segments.rows(tokens, 3)[..., 0]
+    assert by_client.shape == (3, 33)
+    assert [int((x != 0).sum()) for x in by_client] == [30, 16, 33]
+    assert by_client[1, :16].tolist() == list(range(31, 47))
+    assert torch.equal(packing.segments.tokens(by_client.unsqueeze(2)), tokens)
+
+
+def test_padding_reads_from_its_own_client() -> None:
+    data = [of_lengths(lengths, "causal-lm", k) for k, lengths in enumerate([[3, 5], [2], [9, 1]])]
+    packing = pack_batch(collate([(d, np.arange(len(d))) for d in data]), causal=True)
+    owner = torch.tensor([0] * 8 + [1] * 2 + [2] * 10)
+    assert packing.segments is not None
+    assert torch.equal(owner[packing.slots].unique(dim=1).flatten(), torch.tensor([0, 0, 1, 1, 2, 2]))
+    assert torch.equal(owner[packing.spread].unique(dim=1).flatten(), torch.tensor([0, 0, 1, 2, 2]))
+    assert torch.equal(owner[packing.segments.spread].view(3, -1).unique(dim=1).flatten(), torch.tensor([0, 1, 2]))
+    even = pack_batch(collate([(d, np.arange(1)) for d in (data[1], data[1])]), causal=True)
+    assert even.segments is None
 
 
 def test_architectures_that_cannot_be_packed_are_left_padded(build: Any, works: Any, rows: Any) -> None:

@@ -213,19 +213,25 @@ def test_padding_stays_zero_and_is_not_returned(build: Any, rows: Any, works: An
             assert state["A"][family.sites[0]].untyped_storage().nbytes() == state["A"][family.sites[0]].nbytes
 
 
-def test_a_nan_stays_with_its_client(build: Any, rows: Any, works: Any) -> None:
-    family = build("bert")
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2-classifier"])
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_a_nan_stays_with_its_client(name: str, k: int, build: Any, rows: Any, works: Any) -> None:
+    family = build(name)
     clients = works(family, dtype=torch.float32)
     broken = copy.deepcopy(clients)
-    broken[1][1].train["A"][family.sites[0]][0, 0] = float("nan")
+    site = family.sites[0]
+    broken[k][1].train["A"][site][0, 0] = float("nan")
     data = [rows(7, family.kind, n) for n in range(3)]
     with Trainer(family.model, family.sites, family.heads, settings=Settings(clip=0.1)) as trainer:
         good = trainer.fit(FedIT(), clients, data, 1)
         bad = trainer.fit(FedIT(), broken, data, 1)
-    assert apart(good[::2], bad[::2]) == 0
-    assert bad[1][0]["A"][family.sites[0]].isnan().any()
-    assert bad[1][1]["loss_max"] != bad[1][1]["loss_max"]
-    assert bad[0][1] == good[0][1]
+    for i in range(3):
+        if i == k:
+            assert bad[i][0]["A"][site].isnan().any()
+            assert bad[i][1]["loss_max"] != bad[i][1]["loss_max"]
+        else:
+            assert apart([good[i]], [bad[i]]) == 0
+            assert bad[i][1] == good[i][1]
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])

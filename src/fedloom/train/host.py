@@ -49,6 +49,7 @@ class Host:
         self._trains = False
         self._cast_to: torch.dtype | None = None
         self._readers: dict[Kind, list[str] | None] = {}
+        self._clients = 1  # K of the last batch
         self._read: Tensor | None = None  # (N,) the tokens, of all in a batch, that the model's head sees
         self._accepted = inspect.signature(model.forward).parameters
 
@@ -139,6 +140,9 @@ class Host:
         read = answer_positions(batch)[0] if kind == "causal-lm" else None
         if self._packed:
             packed = packing.pack_batch(batch, causal=kind == "causal-lm")
+            self._clients = batch.K
+            for layer in self._adapted.sites.values():
+                layer.segments = packed.segments
             self._read = packed.slots[:, 0] if read is None else packed.slots.flatten()[read]
             arguments: dict[str, Any] = {
                 "input_ids": packed.input_ids,
@@ -167,18 +171,14 @@ class Host:
         """
 
         def select(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            # (K, T, H) or (K * b, L, H) -> (1, N, H); a model that generates reads everything.
+            # (1, N, H) or (K * b, L, H) -> (1, read, H); a model that generates reads everything.
             read = self._read
             return None if read is None else tuple(x.flatten(0, 1).index_select(0, read).unsqueeze(0) for x in inputs)
 
         def select_by_client(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            # (K, T, H) -> (K, b, H), so that adapters after it find the rows of their clients.
+            # (1, N, H) -> (K, b, H), so that adapters after it find the rows of their clients.
             chosen = select(module, inputs)
-            return (
-                None
-                if chosen is None
-                else tuple(x.view(y.shape[0], -1, x.shape[-1]) for x, y in zip(chosen, inputs, strict=True))
-            )
+            return None if chosen is None else tuple(x.view(self._clients, -1, x.shape[-1]) for x in chosen)
 
         def by_row(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return tuple(x.flatten(0, 1).unsqueeze(1) for x in inputs)  # (K, b, H) -> (K * b, 1, H)

@@ -1,8 +1,9 @@
 """Token packing: everything but attention computes on tokens without padding.
 
-    rows (K * b, L), padded ──► slots (K, T): each client's tokens end to end, T the most tokens of a client
-                                  │ embeddings, projections, adapters, feed-forward: all on (K, T)
-                                  └ attention: slots ──spread──► rows (R, heads, L') ──softmax──► ──collect──► slots
+    rows (K * b, L), padded ──► tokens (1, N): the rows end to end, those of client 0 first
+                                  │ embeddings, projections, feed-forward: all on (1, N)
+                                  ├ adapters: tokens ──► (K, T), T the most tokens of a client ──► tokens
+                                  └ attention: tokens ──spread──► rows (R, heads, L') ──softmax──► ──collect──► tokens
 
 Rows meet only in attention, so nothing else needs them padded. Attention pads its rows to a multiple of 16, whatever the
 batch was padded to: a softmax over a shorter remainder runs one number at a time (twelve times slower on a CPU with AVX-512).
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from fedloom.data.text import Batch, Kind
+from fedloom.train.adapter import Segments
 from fedloom.train.attention import choose
 
 NAME = "fedloom_packed"
@@ -37,24 +39,26 @@ class Packing:
     """Where each token of a batch of K clients is. R rows of data have L' aligned positions each."""
 
     input_ids: Tensor
-    """(K, T) int64; the tail of a client with fewer tokens is filled with token 0, which nothing reads."""
+    """(1, N) int64."""
     position_ids: Tensor
-    """(K, T) int64, from 0 in each row."""
+    """(1, N) int64, from 0 in each row."""
     token_type_ids: Tensor | None
-    """(K, T) int64."""
+    """(1, N) int64."""
     slots: Tensor
-    """(K * b, L) int64: index into the flattened (K, T) of each token of the batch; that of its row's first for padding."""
+    """(K * b, L) int64: index into N of each token of the batch; that of its row's first for padding."""
+    segments: Segments | None
+    """Where the clients' tokens are; None if each has equally many."""
     spread: Tensor
-    """(R, L') int64: the same for the aligned rows of data, 0 for padding."""
+    """(R, L') int64: index into N of the tokens of each row of data; that of its first for padding."""
     valid: Tensor
     """(R, L') bool: which of those are tokens."""
     collect: Tensor
-    """(K * T,) int64: index into the flattened (R, L') of each slot; some padding for the tails."""
+    """(N,) int64: index into the flattened (R, L') of each token."""
     causal: bool
     _indices: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def spread_index(self, heads: int, shared: int) -> Tensor:
-        """(R * heads * L',) index into (K * T * heads / shared) vectors; `shared` heads of queries read one of keys."""
+        """(R * heads * L',) index into (N * heads / shared) vectors; `shared` heads of queries read one of keys."""
         key = (heads, shared)
         if key not in self._indices:
             head = torch.arange(heads, device=self.spread.device) // shared
@@ -62,7 +66,7 @@ class Packing:
         return self._indices[key]
 
     def collect_index(self, heads: int) -> Tensor:
-        """(K * T * heads,) index into (R * heads * L') vectors."""
+        """(N * heads,) index into (R * heads * L') vectors."""
         key = (heads, 0)
         if key not in self._indices:
             L = self.spread.shape[1]
@@ -77,35 +81,46 @@ def pack_batch(batch: Batch, causal: bool) -> Packing:
     K, b = batch.K, batch.b
     real = batch.attention_mask.bool() & (batch.weight > 0).unsqueeze(1)  # (K * b, L)
     lengths = real.sum(1)
-    before = lengths.view(K, b).cumsum(1) - lengths.view(K, b)  # tokens of the client before each row
-    T = int(lengths.view(K, b).sum(1).max())
-    first = (torch.arange(K, device=real.device).unsqueeze(1) * T + before).flatten()
+    first = lengths.cumsum(0) - lengths
+    counts = lengths.view(K, b).sum(1)
+    # A row of weight 0 reads its client's first token, with gradient 0: one of another client could bring in its NaN.
+    first = torch.where(lengths > 0, first, (counts.cumsum(0) - counts).repeat_interleave(b))
     position = torch.arange(real.shape[1], device=real.device)
-    # A row of weight 0 may start past its client's last slot: it reads the client's first one, with gradient 0.
-    first = torch.where(lengths > 0, first, torch.arange(K, device=real.device).repeat_interleave(b) * T)
     slots = torch.where(real, first.unsqueeze(1) + position, first.unsqueeze(1))
-    where = slots[real]
 
-    rows = real[lengths > 0]
-    longest = rows.shape[1]
-    L = -(-longest // _ALIGN) * _ALIGN
-    if len(where) < K * T and bool((rows.sum(1) == L).all()):
-        L += _ALIGN  # the tails need some padding to point to
-    valid = F.pad(rows, (0, L - longest))
-    spread = F.pad(torch.where(rows, slots[lengths > 0], 0), (0, L - longest))
-    flat = valid.flatten()
-    padding = int(torch.argmin(flat.to(torch.uint8)))
-    collect = torch.full((K * T,), padding, device=real.device).index_copy_(0, where, torch.nonzero(flat).squeeze(1))
+    rows = lengths > 0
+    gap = -real.shape[1] % _ALIGN
+    valid = F.pad(real[rows], (0, gap))
+    # Padding holds a token of its own row: even at weight 0, a NaN of another client would come through.
+    spread = torch.cat([slots[rows], first[rows].unsqueeze(1).expand(-1, gap)], dim=1)
+    types = None if batch.token_type_ids is None else batch.token_type_ids[real].unsqueeze(0)
+    return Packing(
+        input_ids=batch.input_ids[real].unsqueeze(0),
+        position_ids=position.expand_as(real)[real].unsqueeze(0),
+        token_type_ids=types,
+        slots=slots,
+        segments=_segments(counts),
+        spread=spread,
+        valid=valid,
+        collect=torch.nonzero(valid.flatten()).squeeze(1),
+        causal=causal,
+    )
 
-    def move(x: Tensor) -> Tensor:
-        return torch.zeros(K * T, dtype=x.dtype, device=x.device).index_copy_(0, where, x[real]).view(K, T)
 
-    types = None if batch.token_type_ids is None else move(batch.token_type_ids)
-    return Packing(move(batch.input_ids), move(position.expand_as(real)), types, slots, spread, valid, collect, causal)
+def _segments(counts: Tensor) -> Segments | None:
+    """From the numbers of tokens (K,) of each client."""
+    T = int(counts.max())
+    there = torch.arange(T, device=counts.device) < counts.unsqueeze(1)  # (K, T)
+    if bool(there.all()):
+        return None
+    first = counts.cumsum(0) - counts
+    spread = torch.where(there, first.unsqueeze(1) + torch.arange(T, device=counts.device), first.unsqueeze(1))
+    flat = there.flatten()
+    return Segments(spread.flatten(), torch.nonzero(~flat).squeeze(1), torch.nonzero(flat).squeeze(1))
 
 
 class _Spread(torch.autograd.Function):
-    """(K, heads / shared, T, d) -> (R, heads, L', d); padding holds any token's vector, so its gradient must be zero."""
+    """(1, heads / shared, N, d) -> (R, heads, L', d); padding holds any token's vector, so its gradient must be zero."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packing: Packing, shared: int) -> Tensor:
@@ -118,22 +133,22 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad,), (K, heads, T, d) = grads, ctx.shape
+        (grad,), (_, heads, N, d) = grads, ctx.shape
         if ctx.shared > 1:
             grad = grad.reshape(len(grad), heads, ctx.shared, -1, d).sum(2)
         vectors = grad.reshape(-1, d).index_select(0, ctx.packing.collect_index(heads))
-        return vectors.view(K, T, heads, d).transpose(1, 2), None, None
+        return vectors.view(1, N, heads, d).transpose(1, 2), None, None
 
 
 class _Collect(torch.autograd.Function):
-    """(R, heads, L', d) -> (K, T, heads, d)."""
+    """(R, heads, L', d) -> (1, N, heads, d)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
         ctx.packing = packing
         heads, d = x.shape[1], x.shape[3]
         vectors = x.reshape(-1, d).index_select(0, packing.collect_index(heads))
-        return vectors.view(*packing.input_ids.shape, heads, d)
+        return vectors.view(1, -1, heads, d)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -149,8 +164,8 @@ _collect: Any = _Collect.apply
 
 def attend(
     module: nn.Module,
-    query: Tensor,  # (K, heads, T, d)
-    key: Tensor,  # (K, heads / shared, T, d)
+    query: Tensor,  # (1, heads, N, d)
+    key: Tensor,  # (1, heads / shared, N, d)
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
@@ -158,7 +173,7 @@ def attend(
     packing: Packing | None = None,
     **ignored: object,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface, each row of a packing on its own; the result is (K, T, heads, d)."""
+    """transformers' attention interface, each row of a packing on its own; the result is (1, N, heads, d)."""
     assert packing is not None, "this attention is for packed batches"
     shared = query.shape[1] // key.shape[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
