@@ -55,7 +55,11 @@ class Relay:
     def _accept(self) -> None:
         while True:
             near, _ = self._listener.accept()
-            far = socket.create_connection(("127.0.0.1", self.to))
+            try:
+                far = socket.create_connection(("127.0.0.1", self.to))
+            except ConnectionRefusedError:  # the SuperLink is not up yet: the SuperNode tries again
+                near.close()
+                continue
             threading.Thread(target=self._pass, args=(near, far, "up"), daemon=True).start()
             threading.Thread(target=self._pass, args=(far, near, "down"), daemon=True).start()
 
