@@ -207,7 +207,7 @@ def accuracy(rounds: int, rank: int) -> None:
             for wire in ("float32", "bfloat16", "int8"):
                 settings = config(rounds, rank, 4, wire)
                 settings = settings.model_copy(update={"seed": seed})
-                result = session.start(settings, Path(folder) / f"{wire}-{seed}", link=Direct(1))
+                result = session.start(settings, Path(folder) / f"{wire}-{seed}", link=Direct(2))
                 up = sum(r["engine"]["wire"]["up"] for r in result.rounds if "engine" in r)
                 score = ", ".join(f"{name} {value:.4f}" for name, value in result.eval.items())
                 print(f"seed {seed}, {wire}: {up} bytes up, held-out {score}", flush=True)
