@@ -11,6 +11,7 @@ One client is K = 1: there is no other path.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,13 +40,15 @@ class Segments:
     """(P,) int64: index into K * T of those places."""
     collect: Tensor
     """(N,) int64: index into K * T of each token."""
-    _last: tuple[Tensor, Tensor] | None = None
+    _last: tuple[weakref.ref[Tensor], Tensor] | None = None
+    """The last input and its rows. A strong reference would close a cycle through autograd's graph, which holds this
+    object, and keep every step's graph for ever."""
 
     def rows(self, x: Tensor, K: int) -> Tensor:
         """(1, N, d) -> (K, T, d) with zeros for padding. Layers with one input, such as query and value, share the copy."""
-        if self._last is None or self._last[0] is not x:
+        if self._last is None or self._last[0]() is not x:
             rows = x.flatten(0, -2).index_select(0, self.spread).index_fill_(0, self.padding, 0.0)
-            self._last = (x, rows.view(K, -1, x.shape[-1]))
+            self._last = (weakref.ref(x), rows.view(K, -1, x.shape[-1]))
         return self._last[1]
 
     def any_rows(self, x: Tensor, K: int) -> Tensor:
