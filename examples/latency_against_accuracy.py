@@ -53,7 +53,7 @@ def main() -> None:
             simulated += [r["network"]["seconds"] for r in result.rounds if "network" in r]
         keep = " ".join(f"{rate:.2f}" for rate in plan.keep.values())
         print(
-            f"{limit:5.2f} s a round: keep {keep}, bound {plan.solution.value:.3f}, accuracy "
+            f"{limit:5.2f} s a round: keep {keep}, bound {plan.upper:.3f}, accuracy "
             f"{statistics.mean(scores):.3f} +- {statistics.stdev(scores) if len(scores) > 1 else 0:.3f}, "
             f"rounds took {max(simulated):.2f} s at most",
             flush=True,
