@@ -52,7 +52,9 @@ def _build(name: str) -> Family:
             ["classifier"],
         )
     elif name == "roberta":
-        config = RobertaConfig(vocab_size=VOCABULARY, num_labels=1, pad_token_id=0, max_position_embeddings=40, **small)
+        config = RobertaConfig(
+            vocab_size=VOCABULARY, num_labels=1, pad_token_id=0, max_position_embeddings=130, **small
+        )
         model, ends, heads = RobertaForSequenceClassification(config), ("query", "value"), ["classifier"]
     elif name == "llama":
         config = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=1, pad_token_id=0, eos_token_id=1, **small)

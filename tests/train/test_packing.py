@@ -40,6 +40,7 @@ LENGTHS = {
     "full rows": [[16, 16], [16, 16]],
     "long rows": [[34, 30], [3, 2], [11, 33]],
     "one token": [[1], [1, 1], [2]],
+    "unlike lengths": [[5, 100, 9], [40, 3], [70, 2, 2]],
 }
 
 
@@ -71,7 +72,7 @@ def test_fused_and_plain_attention_agree_on_packed_rows(
     data = [of_lengths([3, 9, 17, 2], family.kind), of_lengths([20, 1], family.kind)]
     results = []
     for choice in ("eager", "sdpa"):
-        monkeypatch.setattr("fedloom.train.packing.choose", lambda *_, choice=choice: choice)
+        monkeypatch.setattr("fedloom.train.attention.choose", lambda *_, choice=choice: choice)
         with Trainer(family.model, family.sites, family.heads, settings=Settings(lr=0.01)) as trainer:
             results.append(trainer.fit(FedIT(), clients, data, 1))
     for (plain, _), (fused, _) in zip(*results, strict=True):
@@ -100,11 +101,15 @@ def test_every_token_has_one_slot() -> None:
     packing = pack_batch(batch, causal=False)
     assert packing.input_ids[0].tolist() == [int(x) for d in data for x in d.tokens]
     assert packing.position_ids[0].tolist() == [i for d in data for x in d.lengths for i in range(x)]
-    assert packing.spread.shape == (8, 16)  # rows of data alone: fillers have no attention
-    there = packing.input_ids.flatten()[packing.spread]
+    (bucket,) = packing.buckets
+    assert bucket.spread.shape == (8, 16)  # rows of data alone: fillers have no attention
+    there = packing.input_ids.flatten()[bucket.spread]
     rows = torch.cat([batch.input_ids[4 * k : 4 * k + len(d)] for k, d in enumerate(data)])
-    assert torch.equal(there[packing.valid], rows[packing.valid])
-    assert torch.equal(packing.spread.flatten()[packing.collect], torch.arange(79))
+    assert torch.equal(there[bucket.valid], rows[bucket.valid])
+    for heads in (1, 3):
+        spread, collect = packing.spread_index(heads, 1), packing.collect_index(heads)
+        assert torch.equal(spread[collect], torch.arange(79 * heads))
+        assert sorted([*collect.tolist(), *packing.padding_index(heads).tolist()]) == list(range(8 * 16 * heads))
     assert packing.segments is not None
     tokens = torch.arange(1.0, 80.0).view(1, 79, 1)
     by_client = packing.segments.rows(tokens, 3)[..., 0]
@@ -114,13 +119,21 @@ def test_every_token_has_one_slot() -> None:
     assert torch.equal(packing.segments.tokens(by_client.unsqueeze(2)), tokens)
 
 
+def test_rows_of_unlike_length_get_buckets_of_their_own() -> None:
+    data = [of_lengths([5, 120, 9, 40, 3, 30], "causal-lm"), of_lengths([14], "causal-lm")]
+    packing = pack_batch(collate([(d, np.arange(len(d))) for d in data]), causal=True)
+    assert [tuple(x.spread.shape) for x in packing.buckets] == [(5, 32), (1, 48), (1, 128)]
+    assert [x.valid.sum(1).tolist() for x in packing.buckets] == [[5, 9, 3, 30, 14], [40], [120]]
+
+
 def test_padding_reads_from_its_own_client() -> None:
     data = [of_lengths(lengths, "causal-lm", k) for k, lengths in enumerate([[3, 5], [2], [9, 1]])]
     packing = pack_batch(collate([(d, np.arange(len(d))) for d in data]), causal=True)
     owner = torch.tensor([0] * 8 + [1] * 2 + [2] * 10)
     assert packing.segments is not None
     assert torch.equal(owner[packing.slots].unique(dim=1).flatten(), torch.tensor([0, 0, 1, 1, 2, 2]))
-    assert torch.equal(owner[packing.spread].unique(dim=1).flatten(), torch.tensor([0, 0, 1, 2, 2]))
+    (bucket,) = packing.buckets
+    assert torch.equal(owner[bucket.spread].unique(dim=1).flatten(), torch.tensor([0, 0, 1, 2, 2]))
     assert torch.equal(owner[packing.segments.spread].view(3, -1).unique(dim=1).flatten(), torch.tensor([0, 1, 2]))
     even = pack_batch(collate([(d, np.arange(1)) for d in (data[1], data[1])]), causal=True)
     assert even.segments is None

@@ -1,10 +1,18 @@
-"""Which attention kernel to use, by device, dtype and length: from measurements, not from a library's default."""
+"""Attention of packed rows, and which kernel to use: from measurements, not from a library's default."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from fedloom.train.packing import Bucket, Packing
+
+PACKED = "fedloom_packed"
+"""The name under which transformers finds `attend`."""
 
 AttentionName = Literal["eager", "sdpa"]
 
@@ -29,3 +37,83 @@ def choose(device: torch.device, dtype: torch.dtype, length: int) -> AttentionNa
     if device.type != "cpu":
         return "sdpa"
     return "eager" if length < (384 if dtype == torch.bfloat16 else 96) else "sdpa"
+
+
+class _Spread(torch.autograd.Function):
+    """(1, heads / shared, N, d) -> the vectors (M, d) of each bucket's (R, heads, L'), end to end.
+
+    Padding holds some vector of its row, so its gradient must be zero. With `_Collect`, each the other's gradient and both
+    plain gathers: no scatter, so that results do not depend on threads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packing: Packing, shared: int) -> Tensor:
+        ctx.packing, ctx.shared, ctx.shape = packing, shared, x.shape
+        vectors = x.transpose(1, 2).reshape(-1, x.shape[-1])
+        return vectors.index_select(0, packing.spread_index(x.shape[1] * shared, shared))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,), (_, heads, N, d) = grads, ctx.shape
+        back = grad.index_select(0, ctx.packing.collect_index(heads * ctx.shared))
+        if ctx.shared > 1:
+            back = back.view(N * heads, ctx.shared, d).sum(1)
+        return back.view(1, N, heads, d).transpose(1, 2), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The buckets' vectors (M, d) -> (1, N, heads, d)."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, packing: Packing, heads: int) -> Tensor:
+        ctx.packing, ctx.heads = packing, heads
+        return vectors.index_select(0, packing.collect_index(heads)).view(1, -1, heads, vectors.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        vectors = grads[0].reshape(-1, grads[0].shape[-1]).index_select(0, ctx.packing.spread_index(ctx.heads, 1))
+        return vectors.index_fill_(0, ctx.packing.padding_index(ctx.heads), 0.0), None, None
+
+
+_spread: Any = _Spread.apply  # torch leaves `apply` untyped
+_collect: Any = _Collect.apply
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,  # (1, heads, N, d)
+    key: Tensor,  # (1, heads / shared, N, d)
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packing: Packing | None = None,
+    **ignored: object,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface, each row of a packing on its own; the result is (1, N, heads, d)."""
+    assert packing is not None, "this attention is for packed batches"
+    (_, heads, _, d), shared = query.shape, query.shape[1] // key.shape[1]
+    scale = d**-0.5 if scaling is None else scaling
+    sizes = [x.spread.numel() * heads for x in packing.buckets]
+    q, k, v = (torch.split(_spread(x, packing, n), sizes) for x, n in ((query, 1), (key, shared), (value, shared)))
+    made = []
+    for i, bucket in enumerate(packing.buckets):
+        shape = (len(bucket.spread), heads, -1, d)
+        rows = _rows(q[i].view(shape), k[i].view(shape), v[i].view(shape), bucket, packing.causal, scale)
+        made.append(rows.reshape(-1, d))
+    return _collect(made[0] if len(made) == 1 else torch.cat(made), packing, heads), None
+
+
+def _rows(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, causal: bool, scale: float) -> Tensor:
+    """(R, heads, L', d) of each -> the same; what is made for padding has no meaning."""
+    L = q.shape[2]
+    if choose(q.device, q.dtype, L) == "sdpa":
+        mask = None if causal else bucket.valid[:, None, None, :]
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
+    allowed = q.new_ones(L, L, dtype=torch.bool).tril() if causal else bucket.valid[:, None, None, :]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    mask = torch.zeros(allowed.shape, dtype=wide, device=q.device).masked_fill_(~allowed, -torch.inf)
+    return torch.add(mask, q @ k.transpose(-1, -2), alpha=scale).softmax(-1).to(q.dtype) @ v
+
+
+AttentionInterface.register(PACKED, attend)  # needs no mask function: the packing holds what is masked

@@ -18,7 +18,7 @@ from fedloom.data.text import Batch, Encoded, Kind
 from fedloom.errors import ModelError
 from fedloom.train import packing
 from fedloom.train.adapter import Delta, Dropout, Offset, inject
-from fedloom.train.attention import AttentionName, choose
+from fedloom.train.attention import PACKED, AttentionName, choose
 from fedloom.train.loss import answer_positions
 
 
@@ -197,7 +197,7 @@ class Host:
     def _attend(self, compute: torch.dtype, data: Sequence[Encoded]) -> None:
         name: str = self._attention
         if self._packed:
-            name = packing.NAME
+            name = PACKED
         elif name == "auto":
             tokens, rows = sum(len(d.tokens) for d in data), sum(len(d) for d in data)
             # transformers' plain attention makes NaN of a fully padded query in float64.

@@ -3,29 +3,28 @@
     rows (K * b, L), padded ──► tokens (1, N): the rows end to end, those of client 0 first
                                   │ embeddings, projections, feed-forward: all on (1, N)
                                   ├ adapters: tokens ──► (K, T), T the most tokens of a client ──► tokens
-                                  └ attention: tokens ──spread──► rows (R, heads, L') ──softmax──► ──collect──► tokens
+                                  └ attention: tokens ──► buckets of rows of about one length (R, L') ──► tokens
 
 Rows meet only in attention, so nothing else needs them padded. Attention pads its rows to a multiple of 16, whatever the
 batch was padded to: a softmax over a shorter remainder runs one number at a time (twelve times slower on a CPU with AVX-512).
-Spread and collect are each other's gradient, both plain gathers: no scatter, so that results do not depend on threads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
 
 from fedloom.data.text import Batch, Kind
 from fedloom.train.adapter import Segments
-from fedloom.train.attention import choose
 
-NAME = "fedloom_packed"
 _ALIGN = 16
+
+_BUCKET = 4096
+"""Padded scores per head that a bucket of its own must save: it costs some twenty calls in every layer."""
 
 _ENCODERS = {"bert": "pooler", "roberta": "classifier", "xlm-roberta": "classifier"}
 """Architectures that read the first token of each row -> the module that does."""
@@ -34,9 +33,19 @@ _DECODERS = frozenset({"llama", "mistral", "qwen2", "qwen3", "gpt2", "smollm3"})
 """Architectures whose causal attention goes through transformers' attention interface with nothing but a scale."""
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """Rows of data that attention pads to one length."""
+
+    spread: Tensor
+    """(R, L') int64: index into N of the tokens of each row; that of its first for padding."""
+    valid: Tensor
+    """(R, L') bool: which of those are tokens."""
+
+
 @dataclass
 class Packing:
-    """Where each token of a batch of K clients is. R rows of data have L' aligned positions each."""
+    """Where each token of a batch of K clients is."""
 
     input_ids: Tensor
     """(1, N) int64."""
@@ -48,32 +57,41 @@ class Packing:
     """(K * b, L) int64: index into N of each token of the batch; that of its row's first for padding."""
     segments: Segments | None
     """Where the clients' tokens are; None if each has equally many."""
-    spread: Tensor
-    """(R, L') int64: index into N of the tokens of each row of data; that of its first for padding."""
-    valid: Tensor
-    """(R, L') bool: which of those are tokens."""
-    collect: Tensor
-    """(N,) int64: index into the flattened (R, L') of each token."""
+    buckets: Sequence[Bucket]
     causal: bool
-    _indices: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _indices: dict[object, Tensor] = field(default_factory=dict)
 
     def spread_index(self, heads: int, shared: int) -> Tensor:
-        """(R * heads * L',) index into (N * heads / shared) vectors; `shared` heads of queries read one of keys."""
+        """Index into (N * heads / shared) vectors that lays out, end to end, each bucket's (R, heads, L').
+
+        `shared` heads of queries read one of keys.
+        """
         key = (heads, shared)
         if key not in self._indices:
-            head = torch.arange(heads, device=self.spread.device) // shared
-            self._indices[key] = (self.spread.unsqueeze(1) * (heads // shared) + head.view(1, -1, 1)).flatten()
+            head = (torch.arange(heads, device=self.slots.device) // shared).view(1, -1, 1)
+            parts = [(x.spread.unsqueeze(1) * (heads // shared) + head).flatten() for x in self.buckets]
+            self._indices[key] = torch.cat(parts)
         return self._indices[key]
 
     def collect_index(self, heads: int) -> Tensor:
-        """(N * heads,) index into (R * heads * L') vectors."""
-        key = (heads, 0)
+        """(N * heads,): the way back, index into the buckets' vectors."""
+        key = (heads, "collect")
         if key not in self._indices:
-            L = self.spread.shape[1]
-            row, position = self.collect // L, self.collect % L
-            head = torch.arange(heads, device=self.collect.device)
-            self._indices[key] = ((row.unsqueeze(1) * heads + head) * L + position.unsqueeze(1)).flatten()
+            source = self.spread_index(heads, 1)
+            there = torch.nonzero(self._valid(heads)).squeeze(1)
+            back = torch.empty(self.input_ids.shape[1] * heads, dtype=torch.int64, device=source.device)
+            self._indices[key] = back.index_copy_(0, source[there], there)
         return self._indices[key]
+
+    def padding_index(self, heads: int) -> Tensor:
+        """(P,): those of the buckets' vectors that are padding."""
+        key = (heads, "padding")
+        if key not in self._indices:
+            self._indices[key] = torch.nonzero(~self._valid(heads)).squeeze(1)
+        return self._indices[key]
+
+    def _valid(self, heads: int) -> Tensor:
+        return torch.cat([x.valid.unsqueeze(1).expand(-1, heads, -1).flatten() for x in self.buckets])
 
 
 def pack_batch(batch: Batch, causal: bool) -> Packing:
@@ -86,25 +104,46 @@ def pack_batch(batch: Batch, causal: bool) -> Packing:
     # A row of weight 0 reads its client's first token, with gradient 0: one of another client could bring in its NaN.
     first = torch.where(lengths > 0, first, (counts.cumsum(0) - counts).repeat_interleave(b))
     position = torch.arange(real.shape[1], device=real.device)
+    # Padding reads its own row's first token: even at weight 0, a NaN of another client would come through.
     slots = torch.where(real, first.unsqueeze(1) + position, first.unsqueeze(1))
-
-    rows = lengths > 0
-    gap = -real.shape[1] % _ALIGN
-    valid = F.pad(real[rows], (0, gap))
-    # Padding holds a token of its own row: even at weight 0, a NaN of another client would come through.
-    spread = torch.cat([slots[rows], first[rows].unsqueeze(1).expand(-1, gap)], dim=1)
-    types = None if batch.token_type_ids is None else batch.token_type_ids[real].unsqueeze(0)
     return Packing(
         input_ids=batch.input_ids[real].unsqueeze(0),
         position_ids=position.expand_as(real)[real].unsqueeze(0),
-        token_type_ids=types,
+        token_type_ids=None if batch.token_type_ids is None else batch.token_type_ids[real].unsqueeze(0),
         slots=slots,
         segments=_segments(counts),
-        spread=spread,
-        valid=valid,
-        collect=torch.nonzero(valid.flatten()).squeeze(1),
+        buckets=[_bucket(rows, L, real, slots) for rows, L in _by_length(lengths)],
         causal=causal,
     )
+
+
+def _by_length(lengths: Tensor) -> list[tuple[Tensor, int]]:
+    """Rows of data in groups of about one length: indices (R,), and the length to pad to."""
+    aligned = (-(-lengths // _ALIGN) * _ALIGN).tolist()
+    groups: dict[int, list[int]] = {}
+    for row, L in enumerate(aligned):
+        if L:  # groups by powers of two
+            groups.setdefault(1 << (L - 1).bit_length(), []).append(row)
+    found: list[tuple[list[int], int]] = []
+    carried: list[int] = []
+    bounds = sorted(groups)
+    for i, bound in enumerate(bounds):
+        rows = sorted(carried + groups[bound])
+        L = max(aligned[row] for row in groups[bound])
+        last = i == len(bounds) - 1
+        larger = L if last else max(aligned[row] for row in groups[bounds[i + 1]])
+        carried = rows
+        if last or len(rows) * (larger**2 - L**2) > _BUCKET:
+            found.append((rows, L))
+            carried = []
+    return [(torch.tensor(rows, device=lengths.device), L) for rows, L in found]
+
+
+def _bucket(rows: Tensor, L: int, real: Tensor, slots: Tensor) -> Bucket:
+    longest = min(L, real.shape[1])
+    chosen = slots[rows]
+    spread = torch.cat([chosen[:, :longest], chosen[:, :1].expand(-1, L - longest)], dim=1)
+    return Bucket(spread, F.pad(real[rows, :longest], (0, L - longest)))
 
 
 def _segments(counts: Tensor) -> Segments | None:
@@ -117,83 +156,6 @@ def _segments(counts: Tensor) -> Segments | None:
     spread = torch.where(there, first.unsqueeze(1) + torch.arange(T, device=counts.device), first.unsqueeze(1))
     flat = there.flatten()
     return Segments(spread.flatten(), torch.nonzero(~flat).squeeze(1), torch.nonzero(flat).squeeze(1))
-
-
-class _Spread(torch.autograd.Function):
-    """(1, heads / shared, N, d) -> (R, heads, L', d); padding holds any token's vector, so its gradient must be zero."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packing: Packing, shared: int) -> Tensor:
-        heads = x.shape[1] * shared
-        ctx.packing, ctx.shared, ctx.shape = packing, shared, x.shape
-        vectors = x.transpose(1, 2).reshape(-1, x.shape[-1])
-        return vectors.index_select(0, packing.spread_index(heads, shared)).view(
-            len(packing.spread), heads, -1, x.shape[-1]
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad,), (_, heads, N, d) = grads, ctx.shape
-        if ctx.shared > 1:
-            grad = grad.reshape(len(grad), heads, ctx.shared, -1, d).sum(2)
-        vectors = grad.reshape(-1, d).index_select(0, ctx.packing.collect_index(heads))
-        return vectors.view(1, N, heads, d).transpose(1, 2), None, None
-
-
-class _Collect(torch.autograd.Function):
-    """(R, heads, L', d) -> (1, N, heads, d)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
-        ctx.packing = packing
-        heads, d = x.shape[1], x.shape[3]
-        vectors = x.reshape(-1, d).index_select(0, packing.collect_index(heads))
-        return vectors.view(1, -1, heads, d)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,), packing = grads, ctx.packing
-        heads, d = grad.shape[2:]
-        vectors = grad.reshape(-1, d).index_select(0, packing.spread_index(heads, 1))
-        return vectors.view(len(packing.spread), heads, -1, d).mul_(packing.valid[:, None, :, None]), None
-
-
-_spread: Any = _Spread.apply  # torch leaves `apply` untyped
-_collect: Any = _Collect.apply
-
-
-def attend(
-    module: nn.Module,
-    query: Tensor,  # (1, heads, N, d)
-    key: Tensor,  # (1, heads / shared, N, d)
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    packing: Packing | None = None,
-    **ignored: object,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface, each row of a packing on its own; the result is (1, N, heads, d)."""
-    assert packing is not None, "this attention is for packed batches"
-    shared = query.shape[1] // key.shape[1]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q = _spread(query, packing, 1)
-    k, v = _spread(key, packing, shared), _spread(value, packing, shared)
-    L = q.shape[2]
-    if choose(q.device, q.dtype, L) == "sdpa":
-        mask = None if packing.causal else packing.valid[:, None, None, :]
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=packing.causal, scale=scale)
-    else:
-        allowed = (
-            torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
-            if packing.causal
-            else packing.valid[:, None, None, :]
-        )
-        wide = torch.promote_types(q.dtype, torch.float32)
-        mask = torch.zeros(allowed.shape, dtype=wide, device=q.device).masked_fill_(~allowed, -torch.inf)
-        scores = torch.add(mask, q @ k.transpose(-1, -2), alpha=scale)
-        out = scores.softmax(-1).to(q.dtype) @ v
-    return _collect(out, packing), None
 
 
 def readers(model: nn.Module, kind: Kind) -> list[str] | None:
@@ -221,6 +183,3 @@ def first_position(model: nn.Module) -> int:
     """The position id of a row's first token: RoBERTa counts on from its padding token."""
     config = getattr(model, "config", None)
     return int(config.pad_token_id) + 1 if config is not None and "roberta" in config.model_type else 0
-
-
-AttentionInterface.register(NAME, attend)  # needs no mask function: the packing holds what is masked
