@@ -26,7 +26,7 @@ def train(method: str, clients: int) -> None:
         fedloom.run(
             {
                 "model": {"name": "minilm"},
-                "task": {"data": "trec", "limit": 4000, "eval_limit": 100},
+                "task": {"data": "trec", "limit": 4000, "eval_limit": 10},
                 "clients": {"count": clients},
                 "method": {"name": method},
                 "train": {"rounds": 2, "local_steps": 1, "batch_size": 4, "evaluate_every": 0},
