@@ -46,6 +46,11 @@ from .middleman import Middleman
 
 Settings = Callable[..., dict[str, Any]]
 
+# A test session in the background inherits an ignored SIGINT, which Python then leaves ignored: take it back.
+COMMAND_LINE = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from fedloom.cli.main import main; main()"
+)
+
 
 class Machines:
     """A SuperLink, two SuperNodes, a middleman and a worker behind each."""
@@ -232,7 +237,7 @@ def running_with(folder: Path) -> list[int]:
 
 
 def command(*args: str) -> list[str]:
-    return [sys.executable, "-c", "from fedloom.cli.main import main; main()", *args]
+    return [sys.executable, "-c", COMMAND_LINE, *args]
 
 
 class Command:

@@ -18,6 +18,11 @@ from fedloom.errors import RunError
 
 Settings = Callable[..., dict[str, Any]]
 
+# A test session in the background inherits an ignored SIGINT, which Python then leaves ignored: take it back.
+COMMAND_LINE = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from fedloom.cli.main import main; main()"
+)
+
 
 def adapters(run: Path) -> dict[str, bytes]:
     """Every adapter file of a run."""
@@ -89,7 +94,7 @@ def test_ctrl_c_ends_within_two_seconds_and_resumes(settings: Settings, tmp_path
     file = tmp_path / "run.toml"
     file.write_text(fedloom.RunConfig.model_validate(config).to_toml())
     out = tmp_path / "stopped"
-    command = [sys.executable, "-c", "from fedloom.cli.main import main; main()", "run", str(file), "--out", str(out)]
+    command = [sys.executable, "-c", COMMAND_LINE, "run", str(file), "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 120
