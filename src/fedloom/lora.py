@@ -89,7 +89,7 @@ class Mean:
                 continue
             into = self.value[role]
             for site, x in group.items():
-                into[site].add_(x - into[site], alpha=share)
+                into[site].lerp_(x, share)
 
 
 def mean(uploads: Iterable[Upload], *roles: str, uniform: bool = False) -> State:
@@ -141,7 +141,7 @@ class Stack:
 
     def add(self, B: Tensor, A: Tensor, weight: float = 1.0) -> None:
         """Add weight * B @ A."""
-        self._left.append(B * weight)
+        self._left.append(B if weight == 1.0 else B * weight)
         self._right.append(A)
         full = min(B.shape[0], A.shape[1])
         if len(self._left) > 1 and sum(x.shape[1] for x in self._left) > 2 * full:
@@ -150,6 +150,8 @@ class Stack:
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """left (out, R), right (R, in)."""
+        if len(self._left) == 1:
+            return self._left[0], self._right[0]
         return torch.cat(self._left, dim=1), torch.cat(self._right, dim=0)
 
 

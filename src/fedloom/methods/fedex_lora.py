@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from fedloom import lora
 from fedloom.core import Client, Method, Sites, State, Upload, Work
 
@@ -49,13 +51,19 @@ class FedExLoRA(Method):
             return state | mean
         total = sum(upload.client.examples for upload in all_uploads)
         scale = lora.scale(self.alpha, self.rank, self.rslora)
+        weights = torch.tensor(
+            [scale * upload.client.examples / total for upload in all_uploads[:-1]], dtype=torch.float64
+        )
         left, right = dict(state.get("left", {})), dict(state.get("right", {}))
         last = all_uploads[-1].state["A"]
         for site, B in mean["B"].items():
+            # One allocation for each side, filled in place: the aggregation is bound by memory.
+            L = torch.cat([upload.state["B"][site] for upload in all_uploads[:-1]], dim=1)
+            L.view(len(B), -1, self.rank).sub_(B.unsqueeze(1)).mul_(weights.to(B.dtype).view(1, -1, 1))
+            R = torch.cat([upload.state["A"][site] for upload in all_uploads[:-1]])
+            R.view(-1, self.rank, R.shape[1]).sub_(last[site])
             residual = lora.Stack()
-            for upload in all_uploads[:-1]:
-                p = upload.client.examples / total
-                residual.add(upload.state["B"][site] - B, upload.state["A"][site] - last[site], scale * p)
+            residual.add(L, R)
             left[site], dense_or_factor = lora.offset(left.get(site), right.pop(site, None), residual)
             if dense_or_factor is not None:
                 right[site] = dense_or_factor
