@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
+from machine import describe
 from peft import LoraConfig, TaskType, get_peft_model
 
 from fedloom import lora
@@ -47,17 +46,6 @@ class Line:
     """How many clients a turn trains: slow lines do fewer, times are per client step."""
     train: Callable[[int], None]
     """Train the first n clients."""
-
-
-def machine() -> str:
-    """Processor, cores, threads and versions, in one line."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = next(
-        (x.partition(":")[2].strip() for x in info.splitlines() if x.startswith("model name")), platform.machine()
-    )
-    flags = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {f} " in f"{info} ".replace("\n", " ")]
-    cores = torch.get_num_threads()
-    return f"{model}, {cores} threads, {' '.join(flags)}; torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def peft_line(
@@ -182,7 +170,7 @@ def main() -> None:
             seconds = clock() - start
             if turn:  # the first turn warms up
                 found.append(1000 * seconds / sum(len(plan) for plan in plans[line.batch_size][:n]))
-    print(machine())
+    print(describe())
     print(
         f"{clients} clients of {rows} questions, {turns} turns; ms per client step{' (processor time)' * options.cpu_time}\n"
     )

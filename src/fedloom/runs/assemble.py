@@ -270,8 +270,9 @@ class Parts:
         tokens = self.config.train.batch_size * max(1.0, float(lengths.mean()))
         return max(1, min(32, int(TOKENS_AT_ONCE / tokens)))
 
+    @cached_property
     def hashes(self) -> dict[str, Any]:
-        """What the run was made from."""
+        """What the run was made from. Reads every row: once a process is enough."""
         found = {
             "model": self.base.sha256,
             "data": load.fingerprint(self.tables.train),

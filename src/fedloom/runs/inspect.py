@@ -67,7 +67,7 @@ def verify(path: Path) -> list[tuple[str, str | None, str | None]]:
     run = RunDirectory.open(path)
     expected = run.manifest()["hashes"]
     parts = Parts(run.config())
-    found: dict[str, str | None] = {"config": digest_file(run.config_file), **parts.hashes()}
+    found: dict[str, str | None] = {"config": digest_file(run.config_file), **parts.hashes}
     found["partition"] = partition.digest(partition.load_partition(run.partition_file))
     found["adapter"] = digest_files(run.adapter) if run.adapter.is_dir() else None
     return [(name, value, found.get(name)) for name, value in expected.items()]

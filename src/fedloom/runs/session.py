@@ -172,7 +172,7 @@ class _Session:
             self.observer.round(record)
         if t < 0:
             state = self.parts.initial_state()
-            self._record({"round": 0, "clients": [], "dropped": {}, "train_loss": None}, Record(0), state)
+            self._record(Record(0), state)
             checkpoint.save(self.run.checkpoint, 0, state, self.kept)
             t = 0
         c = self.parts.config
@@ -196,17 +196,18 @@ class _Session:
         return Result(self.run.path, self.run.rounds())
 
     def _after(self, state: State, record: Record) -> None:
-        self._record({"round": record.t}, record, state)
+        self._record(record, state)
         checkpoint.save(self.run.checkpoint, record.t, state, self.kept)
         self._trained = 0
         if record.t < self.rounds:
             self.observer.doing(f"round {record.t + 1}")
 
-    def _record(self, line: dict[str, Any], record: Record, state: State) -> None:
+    def _record(self, record: Record, state: State) -> None:
         """Evaluate if it is time to, and add the round's line to rounds.jsonl."""
         every = self.parts.config.train.evaluate_every
         due = record.t in (0, self.rounds) or (every > 0 and record.t % every == 0)
-        line |= {
+        line: dict[str, Any] = {
+            "round": record.t,
             "stage": "none" if record.t == 0 else self.parts.method.stage(record.t),
             "clients": record.clients,
             "dropped": record.dropped,
@@ -331,7 +332,7 @@ class _Session:
                 "lora_parameters": sum((m + n) * parts.method.rank for m, n in parts.sites.values()),
                 "head_parameters": sum(x.numel() for group in parts.head.values() for x in group.values()),
                 "versions": versions(),
-                "hashes": {"config": digest_file(self.run.config_file), **parts.hashes(), "adapter": adapter},
+                "hashes": {"config": digest_file(self.run.config_file), **parts.hashes, "adapter": adapter},
             }
         )
 
