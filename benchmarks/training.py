@@ -3,8 +3,9 @@
     python benchmarks/training.py [--quick] [--threads 2] [--cpu-time]
 
 All-MiniLM-L6-v2 on TREC questions, LoRA of rank 8 on query and value plus the classification head, AdamW. Every line does the
-same batches. The lines take turns within one process, so that a busy spell meets all of them, and each counts with its best
-turn, as timeit does: what disturbs a turn only ever makes it slower. The median is printed beside it.
+same batches, which every turn shuffles anew, as every round of a run does. The lines take turns within one process, so that a
+busy spell meets all of them, and each counts with its best turn, as timeit does: what disturbs a turn only ever makes it slower.
+The median is printed beside it.
 """
 
 from __future__ import annotations
@@ -32,8 +33,17 @@ from fedloom.models.huggingface import default_targets, find_sites, load_base
 from fedloom.train.optim import Settings
 from fedloom.train.trainer import Trainer
 
-RANK, LR, T = 8, 1e-3, 1
+RANK, LR = 8, 1e-3
 Plan = list[np.ndarray]
+
+
+def plan_of(data: Encoded, batch_size: int, client: int, t: int) -> Plan:
+    """The batches of a client in turn t, those that fedloom's trainer makes in round t."""
+    return schedule(data.lengths, batch_size, (0, t, f"client-{client}"), epochs=1)
+
+
+Train = Callable[[int, int], None]
+"""Train the first n clients on their batches of turn t."""
 
 
 @dataclass(frozen=True)
@@ -44,33 +54,32 @@ class Line:
     batch_size: int
     clients: int
     """How many clients a turn trains: slow lines do fewer, times are per client step."""
-    train: Callable[[int], None]
-    """Train the first n clients."""
+    train: Train
 
 
 def peft_line(
     name: str,
     model: torch.nn.Module,
     data: Sequence[Encoded],
-    plans: Sequence[Plan],
+    batch_size: int,
     *,
     evaluating: bool,
     fixed: int = 0,
-) -> Callable[[int], None]:
+) -> Train:
     """The usual loop: get_peft_model, train(), AdamW, one client after another."""
     config = LoraConfig(task_type=TaskType.SEQ_CLS, r=RANK, lora_alpha=2 * RANK, target_modules=["query", "value"])
     peft = get_peft_model(copy.deepcopy(model), config)
     start = {n: p.detach().clone() for n, p in peft.named_parameters() if p.requires_grad}
 
-    def train(n: int) -> None:
-        for encoded, plan in zip(data[:n], plans[:n], strict=True):
+    def train(n: int, t: int) -> None:
+        for client, encoded in enumerate(data[:n]):
             with torch.no_grad():
                 for key, p in peft.named_parameters():
                     if p.requires_grad:
                         p.copy_(start[key])
             optimizer = torch.optim.AdamW((p for p in peft.parameters() if p.requires_grad), lr=LR, weight_decay=0.0)
             peft.train(not evaluating)
-            for rows in plan:
+            for rows in plan_of(encoded, batch_size, client, t):
                 batch = collate([(encoded, rows)], multiple=fixed or 1)
                 loss = peft(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
                 loss.backward()
@@ -88,7 +97,7 @@ def our_line(
     batch_size: int,
     dtype: torch.dtype,
     together: int,
-) -> Callable[[int], None]:
+) -> Train:
     """Trainer.fit on cohorts of `together` clients."""
     settings = Settings(lr=LR, batch_size=batch_size, clip=None)
     model = copy.deepcopy(model)
@@ -97,9 +106,9 @@ def our_line(
     trainer = Trainer(model, sites, head, settings=settings, dtype=dtype)
     works = [(Client(f"client-{k}", len(d), RANK), Work(train=state, scale=2.0)) for k, d in enumerate(data)]
 
-    def train(n: int) -> None:
+    def train(n: int, t: int) -> None:
         for first in range(0, n, together):
-            trainer.fit(FedIT(rank=RANK), works[first : first + together], data[first : first + together], T)
+            trainer.fit(FedIT(rank=RANK), works[first : first + together], data[first : first + together], t)
 
     return train
 
@@ -115,19 +124,18 @@ def trec(tokenizer: Any, clients: int, rows: int) -> list[Encoded]:
     return [encoded.select(range(k * rows, (k + 1) * rows)) for k in range(clients)]
 
 
-def lines(clients: int, rows: int) -> tuple[list[Line], dict[int, list[Plan]]]:
+def lines(clients: int, rows: int) -> list[Line]:
     """Everything that is compared, the PEFT loop first."""
     base = load_base("minilm", kind="classification", num_labels=6)
     sites = find_sites(base.model, default_targets(base.model))
     data = trec(base.tokenizer, clients, rows)
-    plans = {b: [schedule(d.lengths, b, (0, T, f"client-{k}"), epochs=1) for k, d in enumerate(data)] for b in (4, 8)}
     few = max(1, clients // 4)
     model, head = base.model, base.head
     found = [
-        Line("PEFT loop, as usually written", 8, few, peft_line("", model, data, plans[8], evaluating=False)),
-        Line("PEFT loop, base in eval mode", 8, few, peft_line("", model, data, plans[8], evaluating=True)),
-        Line("PEFT loop, padded to 128", 8, 1, peft_line("", model, data, plans[8], evaluating=False, fixed=128)),
-        Line("PEFT loop, as usually written", 4, few, peft_line("", model, data, plans[4], evaluating=False)),
+        Line("PEFT loop, as usually written", 8, few, peft_line("", model, data, 8, evaluating=False)),
+        Line("PEFT loop, base in eval mode", 8, few, peft_line("", model, data, 8, evaluating=True)),
+        Line("PEFT loop, padded to 128", 8, 1, peft_line("", model, data, 8, evaluating=False, fixed=128)),
+        Line("PEFT loop, as usually written", 4, few, peft_line("", model, data, 4, evaluating=False)),
     ]
     for b in (8, 4):
         for dtype in (torch.float32, torch.bfloat16):
@@ -142,7 +150,7 @@ def lines(clients: int, rows: int) -> tuple[list[Line], dict[int, list[Plan]]]:
                         train,
                     )
                 )
-    return found, plans
+    return found
 
 
 def main() -> None:
@@ -159,17 +167,17 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     clients, rows, turns = (16, 32, 3) if options.quick else (16, 64, 9)
-    chosen, plans = lines(clients, rows)
+    chosen = lines(clients, rows)
     chosen = [x for x in chosen if any(text in f"{x.name}, batch {x.batch_size}" for text in options.only.split("|"))]
     times: list[list[float]] = [[] for _ in chosen]
     for turn in range(turns + 1):
         for line, found in zip(chosen, times, strict=True):
             n = line.clients if turn else min(line.clients, 16 if "together" in line.name else 1)
             start = clock()
-            line.train(n)
+            line.train(n, turn)
             seconds = clock() - start
             if turn:  # the first turn warms up
-                found.append(1000 * seconds / sum(len(plan) for plan in plans[line.batch_size][:n]))
+                found.append(1000 * seconds / (n * -(-rows // line.batch_size)))
     print(describe())
     print(
         f"{clients} clients of {rows} questions, {turns} turns; ms per client step{' (processor time)' * options.cpu_time}\n"

@@ -58,7 +58,10 @@ class _Spread(torch.autograd.Function):
         back = grad.index_select(0, ctx.packing.collect_index(heads * ctx.shared))
         if ctx.shared > 1:
             back = back.view(N * heads, ctx.shared, d).sum(1)
-        return back.view(1, N, heads, d).transpose(1, 2), None, None
+        back = back.view(1, N, heads, d)
+        if ctx.packing.idle:
+            back[:, -ctx.packing.idle :].zero_()
+        return back.transpose(1, 2), None, None
 
 
 class _Collect(torch.autograd.Function):

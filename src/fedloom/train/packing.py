@@ -7,6 +7,9 @@
 
 Rows meet only in attention, so nothing else needs them padded. Attention pads its rows to a multiple of 16, whatever the
 batch was padded to: a softmax over a shorter remainder runs one number at a time (twelve times slower on a CPU with AVX-512).
+
+A library that compiles a kernel for every new shape (oneDNN, for bfloat16 on a CPU) would never see one twice. For it, sizes are
+rounded up to a few, by idle tokens after all others and idle rows in a bucket: no client's result depends on them.
 """
 
 from __future__ import annotations
@@ -40,12 +43,14 @@ class Bucket:
     spread: Tensor
     """(R, L') int64: index into N of the tokens of each row; that of its first for padding."""
     valid: Tensor
-    """(R, L') bool: which of those are tokens."""
+    """(R, L') bool: which of those are tokens. An idle row is a copy of another."""
+    rows: int
+    """How many rows are not idle."""
 
 
 @dataclass
 class Packing:
-    """Where each token of a batch of K clients is."""
+    """Where each token of a batch of K clients is. N counts idle tokens, if any, which come last."""
 
     input_ids: Tensor
     """(1, N) int64."""
@@ -59,6 +64,7 @@ class Packing:
     """Where the clients' tokens are; None if each has equally many."""
     buckets: Sequence[Bucket]
     causal: bool
+    idle: int = 0
     _indices: dict[object, Tensor] = field(default_factory=dict)
 
     def spread_index(self, heads: int, shared: int) -> Tensor:
@@ -79,7 +85,8 @@ class Packing:
         if key not in self._indices:
             source = self.spread_index(heads, 1)
             there = torch.nonzero(self._valid(heads)).squeeze(1)
-            back = torch.empty(self.input_ids.shape[1] * heads, dtype=torch.int64, device=source.device)
+            # An idle token reads the first vector.
+            back = torch.zeros(self.input_ids.shape[1] * heads, dtype=torch.int64, device=source.device)
             self._indices[key] = back.index_copy_(0, source[there], there)
         return self._indices[key]
 
@@ -91,11 +98,19 @@ class Packing:
         return self._indices[key]
 
     def _valid(self, heads: int) -> Tensor:
-        return torch.cat([x.valid.unsqueeze(1).expand(-1, heads, -1).flatten() for x in self.buckets])
+        parts = []
+        for x in self.buckets:
+            real = x.valid.clone()
+            real[x.rows :] = False
+            parts.append(real.unsqueeze(1).expand(-1, heads, -1).flatten())
+        return torch.cat(parts)
 
 
-def pack_batch(batch: Batch, causal: bool) -> Packing:
-    """The packing of a batch that is padded on the right. Rows of weight 0 are left out of it."""
+def pack_batch(batch: Batch, causal: bool, few_shapes: bool = False) -> Packing:
+    """The packing of a batch that is padded on the right. Rows of weight 0 are left out of it.
+
+    With `few_shapes`, sizes are rounded up to at most sixteen between a power of two and the next.
+    """
     K, b = batch.K, batch.b
     real = batch.attention_mask.bool() & (batch.weight > 0).unsqueeze(1)  # (K * b, L)
     lengths = real.sum(1)
@@ -106,15 +121,28 @@ def pack_batch(batch: Batch, causal: bool) -> Packing:
     position = torch.arange(real.shape[1], device=real.device)
     # Padding reads its own row's first token: even at weight 0, a NaN of another client would come through.
     slots = torch.where(real, first.unsqueeze(1) + position, first.unsqueeze(1))
+    N = int(counts.sum())
+    idle = _rounded(N, _ALIGN) - N if few_shapes else 0
+
+    def tokens(x: Tensor) -> Tensor:
+        return F.pad(x[real], (0, idle)).unsqueeze(0)
+
     return Packing(
-        input_ids=batch.input_ids[real].unsqueeze(0),
-        position_ids=position.expand_as(real)[real].unsqueeze(0),
-        token_type_ids=None if batch.token_type_ids is None else batch.token_type_ids[real].unsqueeze(0),
+        input_ids=tokens(batch.input_ids),
+        position_ids=tokens(position.expand_as(real)),
+        token_type_ids=None if batch.token_type_ids is None else tokens(batch.token_type_ids),
         slots=slots,
-        segments=_segments(counts),
-        buckets=[_bucket(rows, L, real, slots) for rows, L in _by_length(lengths)],
+        segments=_segments(counts, idle, few_shapes),
+        buckets=[_bucket(rows, L, real, slots, few_shapes) for rows, L in _by_length(lengths)],
         causal=causal,
+        idle=idle,
     )
+
+
+def _rounded(n: int, least: int = 1) -> int:
+    """n rounded up to a multiple of `least` and of a thirty-second of the next power of two: at most 6 % more."""
+    step = max(least, 1 << max(0, n.bit_length() - 5))
+    return -(-n // step) * step
 
 
 def _by_length(lengths: Tensor) -> list[tuple[Tensor, int]]:
@@ -139,23 +167,32 @@ def _by_length(lengths: Tensor) -> list[tuple[Tensor, int]]:
     return [(torch.tensor(rows, device=lengths.device), L) for rows, L in found]
 
 
-def _bucket(rows: Tensor, L: int, real: Tensor, slots: Tensor) -> Bucket:
+def _bucket(rows: Tensor, L: int, real: Tensor, slots: Tensor, few_shapes: bool) -> Bucket:
     longest = min(L, real.shape[1])
+    count = len(rows)
+    if few_shapes:
+        rows = torch.cat([rows, rows[:1].expand(_rounded(count) - count)])
     chosen = slots[rows]
     spread = torch.cat([chosen[:, :longest], chosen[:, :1].expand(-1, L - longest)], dim=1)
-    return Bucket(spread, F.pad(real[rows, :longest], (0, L - longest)))
+    return Bucket(spread, F.pad(real[rows, :longest], (0, L - longest)), count)
 
 
-def _segments(counts: Tensor) -> Segments | None:
-    """From the numbers of tokens (K,) of each client."""
+def _segments(counts: Tensor, idle: int, few_shapes: bool) -> Segments | None:
+    """From the numbers of tokens (K,) of each client, and of idle ones after them all."""
+    if len(counts) == 1:
+        return None  # idle tokens may as well be the only client's: their gradient is zero
     T = int(counts.max())
+    if few_shapes:
+        T = _rounded(T, _ALIGN)
     there = torch.arange(T, device=counts.device) < counts.unsqueeze(1)  # (K, T)
-    if bool(there.all()):
+    if not idle and bool(there.all()):
         return None
     first = counts.cumsum(0) - counts
     spread = torch.where(there, first.unsqueeze(1) + torch.arange(T, device=counts.device), first.unsqueeze(1))
     flat = there.flatten()
-    return Segments(spread.flatten(), torch.nonzero(~flat).squeeze(1), torch.nonzero(flat).squeeze(1))
+    return Segments(
+        spread.flatten(), torch.nonzero(~flat).squeeze(1), F.pad(torch.nonzero(flat).squeeze(1), (0, idle))
+    )
 
 
 def readers(model: nn.Module, kind: Kind) -> list[str] | None:
