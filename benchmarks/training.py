@@ -4,8 +4,8 @@
 
 All-MiniLM-L6-v2 on TREC questions, LoRA of rank 8 on query and value plus the classification head, AdamW. Every line does the
 same batches, which every turn shuffles anew, as every round of a run does. The lines take turns within one process, so that a
-busy spell meets all of them, and each counts with its best turn, as timeit does: what disturbs a turn only ever makes it slower.
-The median is printed beside it.
+busy spell meets all of them, and each counts with its best turn, as timeit does: what disturbs a turn only makes it slower. The
+median is printed beside it.
 """
 
 from __future__ import annotations

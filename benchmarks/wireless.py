@@ -1,6 +1,6 @@
 """Does wireless planning reach its targets? Random fleets by seed, every empirical form; prints measured numbers.
 
-    python benchmarks/wireless.py            # 50 fleets a size and form, about half an hour on one core
+    python benchmarks/wireless.py            # 50 fleets a size and form, about an hour on one core
     python benchmarks/wireless.py --quick    # 6 fleets, a few minutes
 
 Limits run from slack to so tight that some fleets have no solution; odd seeds send no task head, even ones a small one.
@@ -173,7 +173,7 @@ def main() -> None:
     certificates(6, 16, count, 60.0)
     for devices, m in ((3, 6), (4, 12)):
         psca_gaps(devices, m, count)
-    large(1 if count < 50 else 6)
+    large(1 if count < 50 else count)
     line("original limits", f"largest relative excess {max(SEEN):.1e} over {len(SEEN)} points")
 
 

@@ -10,24 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from fedloom import methods
 from fedloom.engines.link import GridLink
 from fedloom.runs import session
 from fedloom.runs.config import parse
 
-Settings = Callable[..., dict[str, Any]]
+from ..methods.cases import RUNS, sections
 
-BUDGETS = {
-    "hetlora": {"ranks": [1, 2, 4]},
-    "flexlora": {"ranks": [1, 2, 4]},
-    "fslora": {"ranks": [1, 2, 4]},
-    "ffa_lora": {"ranks": [1, 2, 4]},
-    "fedlodrop": {"keep": [0.5, 0.75, 1.0]},
-}
-COMPOSED = {
-    "fslora-over-fedex": ("fslora", {"over": "fedex_lora"}),
-    "fedlodrop-over-fslora": ("fedlodrop", {"over": "fslora"}),
-}
+Settings = Callable[..., dict[str, Any]]
 
 STATELESS = ("ffa_lora", "hetlora", "flexlora", "fedlodrop", "fedlodrop-over-fslora")
 """Their second round sends and does nothing that the first did not: one is enough, and five seconds less."""
@@ -45,14 +34,12 @@ def tensors(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.glob("**/adapter_model.safetensors"))}
 
 
-@pytest.mark.parametrize("name", [*methods.names(), *COMPOSED])
+@pytest.mark.parametrize("name", RUNS)
 def test_the_same_bytes_in_process_and_through_flower(
     name: str, settings: Settings, link: GridLink, tmp_path: Path
 ) -> None:
-    method, fields = COMPOSED.get(name, (name, {}))
     values = settings(
-        method={"name": method, **fields},
-        clients={"count": 3, **BUDGETS.get(method, {})},
+        **sections(name),
         train={"rounds": 1 if name in STATELESS else 2, "evaluate_every": 0, "local_steps": 2},
         engine={"cohort": 1, "deadline_s": 120.0},
     )
@@ -61,7 +48,7 @@ def test_the_same_bytes_in_process_and_through_flower(
     far = session.start(config, tmp_path / "far", link=link)
 
     assert tensors(tmp_path / "far") == tensors(tmp_path / "here")
-    assert len(tensors(tmp_path / "here")) == (4 if method in ("fedsa_lora", "fedlora_optimizer") else 1)
+    assert len(tensors(tmp_path / "here")) == (4 if name in ("fedsa_lora", "fedlora_optimizer") else 1)
     for ours, theirs in zip(here.rounds, far.rounds, strict=True):
         for key in ("clients", "dropped", "eval", "bytes_up", "bytes_down", "train_loss", "eval_clients"):
             assert theirs.get(key) == ours.get(key), key

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedloom import lora
 from fedloom.core import Client, Failure, Group, Job, Method, State, Upload, Work
 from fedloom.engines.inprocess import InProcess
-from fedloom.methods import build
+from fedloom.methods import build, names
 
 Rows = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -99,6 +99,28 @@ CASES = [
     ),
 ]
 """Every method, each of its options at least once, and the compositions."""
+
+BUDGETS: dict[str, dict[str, Any]] = {
+    "hetlora": {"ranks": [1, 2, 4]},
+    "flexlora": {"ranks": [1, 2, 4]},
+    "fslora": {"ranks": [1, 2, 4]},
+    "ffa_lora": {"ranks": [1, 2, 4]},
+    "fedlodrop": {"keep": [0.5, 0.75, 1.0]},
+}
+"""What a run file says of its clients, by the method that follows it."""
+
+RUNS = {name: (name, {}) for name in names()} | {
+    "fslora-over-fedex": ("fslora", {"over": "fedex_lora"}),
+    "fedlodrop-over-fslora": ("fedlodrop", {"over": "fslora"}),
+}
+"""Method and fields of the whole runs that every engine must do alike."""
+
+
+def sections(case: str) -> dict[str, dict[str, Any]]:
+    """The [method] and [clients] of one of RUNS, for three clients."""
+    method, fields = RUNS[case]
+    return {"method": {"name": method, **fields}, "clients": {"count": 3, **BUDGETS.get(method, {})}}
+
 
 SERVER = Client("server", 16, RANK)
 

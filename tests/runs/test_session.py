@@ -16,25 +16,15 @@ from fedloom.errors import ConfigError, DataError, ModelError, RoundError, RunEr
 from fedloom.runs import evaluate, export, inspect
 from fedloom.runs.assemble import Parts
 
+from ..methods.cases import RUNS, sections
+
 Settings = Callable[..., dict[str, Any]]
 
-BUDGETS = {
-    "hetlora": {"ranks": [1, 2, 4]},
-    "flexlora": {"ranks": [1, 2, 4]},
-    "fslora": {"ranks": [1, 2, 4]},
-    "ffa_lora": {"ranks": [1, 2, 4]},
-    "fedlodrop": {"keep": [0.5, 0.75, 1.0]},
-}
-FIELDS = {
-    "fslora-over-fedex": ("fslora", {"over": "fedex_lora"}),
-    "fedlodrop-over-fslora": ("fedlodrop", {"over": "fslora"}),
-}
 
-
-@pytest.mark.parametrize("name", [*methods.names(), *FIELDS])
+@pytest.mark.parametrize("name", RUNS)
 def test_run_leaves_what_the_contract_says_and_peft_agrees(name: str, settings: Settings, tmp_path: Path) -> None:
-    method, fields = FIELDS.get(name, (name, {}))
-    config = settings(method={"name": method, **fields}, clients={"count": 3, **BUDGETS.get(method, {})})
+    config = settings(**sections(name))
+    method = config["method"]["name"]
     result = fedloom.run(config, tmp_path / "run")
 
     records = result.rounds

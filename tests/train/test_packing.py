@@ -41,12 +41,17 @@ LENGTHS = {
     "long rows": [[34, 30], [3, 2], [11, 33]],
     "one token": [[1], [1, 1], [2]],
     "unlike lengths": [[5, 100, 9], [40, 3], [70, 2, 2]],
+    "one client": [[3, 9, 17, 2, 40]],
 }
 
 
+@pytest.mark.parametrize("few_shapes", [False, True])
 @pytest.mark.parametrize("name", ["bert", "roberta", "llama", "gpt2"])
 @pytest.mark.parametrize("case", LENGTHS)
-def test_training_packed_equals_training_padded(name: str, case: str, build: Any, works: Any) -> None:
+def test_training_packed_equals_training_padded(
+    name: str, case: str, few_shapes: bool, build: Any, works: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedloom.train.packing.compiles", lambda *_: few_shapes)
     family = build(name)
     clients = works(family, ranks=[2, 4, 3][: len(LENGTHS[case])])
     data = [of_lengths(lengths, family.kind, k) for k, lengths in enumerate(LENGTHS[case])]
@@ -117,6 +122,28 @@ def test_every_token_has_one_slot() -> None:
     assert [int((x != 0).sum()) for x in by_client] == [30, 16, 33]
     assert by_client[1, :16].tolist() == list(range(31, 47))
     assert torch.equal(packing.segments.tokens(by_client.unsqueeze(2)), tokens)
+
+
+def test_sizes_are_few_where_every_one_is_compiled() -> None:
+    rng = np.random.default_rng(0)
+    sizes, rounded = set(), set()
+    for _ in range(60):
+        data = [of_lengths(rng.integers(5, 20, 8).tolist(), "classification") for _ in range(8)]
+        batch = collate([(d, np.arange(len(d))) for d in data])
+        exact, few = pack_batch(batch, causal=False), pack_batch(batch, causal=False, few_shapes=True)
+        assert exact.segments is not None and few.segments is not None
+        N = exact.input_ids.shape[1]
+        assert few.input_ids.shape[1] == N + few.idle <= 1.07 * N
+        assert torch.equal(few.input_ids[:, :N], exact.input_ids)
+        assert few.segments.collect.shape == (N + few.idle,)
+        for heads in (1, 3):
+            spread, collect = few.spread_index(heads, 1), few.collect_index(heads)
+            assert torch.equal(spread[collect][: N * heads], torch.arange(N * heads))
+            padding = len(spread) - N * heads  # every place but those of the tokens
+            assert len(few.padding_index(heads)) == padding
+        sizes.add((N, len(exact.segments.spread)))
+        rounded.add((N + few.idle, len(few.segments.spread)))
+    assert len(sizes) > 50 and len(rounded) < 20
 
 
 def test_rows_of_unlike_length_get_buckets_of_their_own() -> None:

@@ -139,8 +139,7 @@ class Host:
         """Logits (K * b, classes), or (N, vocabulary) for the N positions of `answer_positions` of a causal LM."""
         read = answer_positions(batch)[0] if kind == "causal-lm" else None
         if self._packed:
-            compiles = self._cast_to == torch.bfloat16 and self.device.type == "cpu"  # a kernel for every shape
-            packed = packing.pack_batch(batch, kind == "causal-lm", few_shapes=compiles)
+            packed = packing.pack_batch(batch, kind == "causal-lm", packing.compiles(self.device, self._cast_to))
             self._clients = batch.K
             for layer in self._adapted.sites.values():
                 layer.segments = packed.segments
