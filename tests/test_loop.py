@@ -134,10 +134,22 @@ def test_all_dropped_is_an_error_that_names_the_round(fault: str) -> None:
             self.faults = faulty if t == 2 else {}
             return super().run(method, jobs, t)
 
-    with pytest.raises(RoundError, match=r"round 2: no client of 5 .*checkpoint of round 1 stands"):
+    with pytest.raises(RoundError, match=r"round 2: 0 of 5 clients .* at least 1 .*checkpoint of round 1 stands"):
         federate(method, Second(), first, CLIENTS, 3, on_round=lambda state, record: seen.append(record.t))
     assert seen == [1]
     assert all(torch.equal(first[role]["s"], x) for role, x in before.items())
+
+
+def test_a_quorum_counts_what_can_be_used() -> None:
+    method = build("fedit", rank=2)
+    state = start(method)
+    engine = Echo(faults={"c1": "nan", "c3": "fails"})
+    one_round(method, engine, state, CLIENTS, 3, quorum=3)
+    with pytest.raises(
+        RoundError, match=r"round 3: 3 of 5 clients sent a usable update, expected at least 4 \(c1: .*c3"
+    ):
+        one_round(method, engine, state, CLIENTS, 3, quorum=4)
+    one_round(method, Echo(), state, CLIENTS[:2], 3, quorum=4)  # as many as there are
 
 
 def test_rounds_are_numbered_from_start_and_every_one_is_told() -> None:

@@ -72,9 +72,18 @@ def in_order(results: Iterable[Upload | Failure], ids: Sequence[str]) -> Iterato
 
 
 def one_round(
-    method: Method, engine: Engine, state: State, clients: Sequence[Client], t: int, max_norm: float | None = None
+    method: Method,
+    engine: Engine,
+    state: State,
+    clients: Sequence[Client],
+    t: int,
+    max_norm: float | None = None,
+    quorum: int = 1,
 ) -> tuple[State, Record]:
-    """Round t with the clients given. Raises RoundError if no upload can be used; `state` is not changed."""
+    """Round t with the clients given. `state` is not changed.
+
+    Raises RoundError if fewer uploads than `quorum`, or than there are clients, can be used.
+    """
     start = time.perf_counter()
     clients = sorted(clients, key=lambda client: client.id)
     record = Record(t, [client.id for client in clients])
@@ -104,14 +113,20 @@ def one_round(
             record.examples[key] = result.client.examples
             yield result
 
+    least = max(1, min(quorum, len(clients)))
+
+    def short() -> RoundError:
+        reasons = "; ".join(f"{k}: {why}" for k, why in list(record.dropped.items())[:5]) or "none answered"
+        return RoundError(
+            f"round {t}: {len(record.metrics)} of {len(clients)} clients sent a usable update, expected at least {least} "
+            f"({reasons}). The checkpoint of round {t - 1} stands: change what caused this (a smaller train.lr, nodes that "
+            "are missing, a smaller engine.quorum?) and resume"
+        )
+
     uploads = usable()
     first = next(uploads, None)
     if first is None:
-        reasons = "; ".join(f"{k}: {why}" for k, why in list(record.dropped.items())[:5]) or "none answered"
-        raise RoundError(
-            f"round {t}: no client of {len(clients)} sent a usable update ({reasons}). The checkpoint of round {t - 1} "
-            "stands: change what caused this (a smaller train.lr, a smaller max_norm?) and resume"
-        )
+        raise short()
     held = [first]
     del first  # or this frame would keep it until the whole round is averaged
 
@@ -122,6 +137,8 @@ def one_round(
     after = method.aggregate(state, every())
     for key in expected:
         record.dropped[key] = "no answer"
+    if len(record.metrics) < least:
+        raise short()
     record.seconds = time.perf_counter() - start
     return after, record
 
@@ -137,6 +154,7 @@ def federate(
     sample: Sampler = everyone,
     server: Client | None = None,
     max_norm: float | None = None,
+    quorum: int = 1,
     on_round: Callable[[State, Record], None] = lambda state, record: None,
 ) -> State:
     """Rounds `start` to `rounds`; `on_round` sees the state after each. Returns the last state.
@@ -151,6 +169,6 @@ def federate(
             chosen = [server]
         else:
             chosen = sample(everybody, t)
-        state, record = one_round(method, engine, state, chosen, t, max_norm)
+        state, record = one_round(method, engine, state, chosen, t, max_norm, quorum)
         on_round(state, record)
     return state

@@ -191,9 +191,7 @@ def test_a_quorum_that_is_missed_stops_the_run_at_its_checkpoint(
         train={"rounds": 1, "local_steps": 1},
         engine={"name": "flower", "deadline_s": 30.0, "quorum": 2},
     )
-    with pytest.raises(
-        RoundError, match=r"0 of 2 clients answered, expected 2 \(engine.quorum\).*sha256.*checkpoint of round 0"
-    ):
+    with pytest.raises(RoundError, match=r"0 of 2 clients sent a usable update.*sha256.*checkpoint of round 0"):
         session.start(parse(values, "test"), tmp_path / "run", link=machines.link)
     result = session.resume(tmp_path / "run", link=machines.link)
     assert [r["round"] for r in result.rounds] == [0, 1] and result.rounds[1]["dropped"] == {}

@@ -32,8 +32,6 @@ class Terms:
 
     deadline_s: float = 600.0
     """A round's: who has not answered by then is left out of it."""
-    quorum: int = 1
-    """A round with fewer answers is not counted: the run stops at its checkpoint."""
     enough: int | None = None
     """Answers after which a round waits for no more (where more clients were asked than needed)."""
     form: codec.Form = "raw"
@@ -170,18 +168,18 @@ class Remote:
     # a round
 
     def run(self, method: Method, jobs: Iterable[Job], t: int) -> Iterator[Upload | Failure]:
-        """Train each job's client for round t. Raises RoundError if fewer answered than the quorum."""
+        """Train each job's client for round t."""
         every = list(jobs)
         own = [job for job in every if job[0].id == "server"]
         yield from self.local.run(method, own, t)
         far = [job for job in every if job[0].id != "server"]
-        yield from self._train("train", far, t, min(self.terms.quorum, len(far)), self.terms.enough)
+        yield from self._train("train", far, t, self.terms.enough)
 
     def personalise(self, method: Method, jobs: Iterable[Job], t: int) -> Iterator[Upload | Failure]:
         """The personal phase on the nodes; clients whose method has none give no result."""
         if type(method).personalise is Method.personalise:
             return iter(())
-        return self._train("personal", list(jobs), t, 0, None)
+        return self._train("personal", list(jobs), t, None)
 
     def scores(self, jobs: Iterable[Job], t: int) -> dict[str, dict[str, float]]:
         """Client id -> scores of its own model after round t, from the nodes that answer in time."""
@@ -205,23 +203,13 @@ class Remote:
             elif "fault" in header:
                 self.notes.append(f"{_names(asked)} wrote no model of their own: {header['fault']}")
 
-    def _train(self, do: str, jobs: list[Job], t: int, quorum: int, enough: int | None) -> Iterator[Upload | Failure]:
+    def _train(self, do: str, jobs: list[Job], t: int, enough: int | None) -> Iterator[Upload | Failure]:
         came: list[str] = []
-        reasons: dict[str, str] = {}
         for asked, header, parts in self._round(do, jobs, t, lambda: enough is not None and len(came) >= enough):
-            results = [asked] if isinstance(asked, Failure) else self._results(asked, header, parts)
-            for result in results:
-                if isinstance(result, Failure):
-                    reasons[result.client.id] = result.reason
-                else:
+            for result in [asked] if isinstance(asked, Failure) else self._results(asked, header, parts):
+                if isinstance(result, Upload):
                     came.append(result.client.id)
                 yield result
-        if len(came) < quorum:
-            raise RoundError(
-                f"round {t}: {len(came)} of {len(jobs)} clients answered, expected {quorum} (engine.quorum): "
-                + "; ".join(f"{k}: {why}" for k, why in sorted(reasons.items())[:5])
-                + f". The checkpoint of round {t - 1} stands: bring nodes back and resume"
-            )
 
     def _round(
         self, do: str, jobs: Sequence[Job], t: int, done: Callable[[], bool] = lambda: False

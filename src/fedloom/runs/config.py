@@ -160,7 +160,7 @@ class EngineSection(_Section):
     deadline_s: float = Field(600.0, gt=0)
     """flower: how long a round waits for answers."""
     quorum: int = Field(1, ge=1)
-    """flower: a round with fewer answers is not counted, and the run stops at its checkpoint."""
+    """A round with fewer usable answers is not counted, and the run stops at its checkpoint."""
     oversample: float = Field(0.0, ge=0)
     """flower: ask so many more clients (0.5: half as many again) and take those that answer first."""
     patience_s: float = Field(600.0, gt=0)

@@ -71,7 +71,6 @@ def engine(link: Link, run: RunDirectory, parts: Parts, own: Engine, say: Callab
     share = c.clients.fraction
     terms = Terms(
         deadline_s=c.engine.deadline_s,
-        quorum=c.engine.quorum,
         enough=max(1, round(share * count)) if c.engine.oversample > 0 else None,
         form=_FORMS[c.engine.wire],
     )

@@ -187,6 +187,7 @@ class _Session:
             sample=remote.sampler(self.parts),
             server=self.parts.server,
             max_norm=c.clients.max_norm,
+            quorum=c.engine.quorum,
             on_round=self._after,
         )
         self._personalise(state)
