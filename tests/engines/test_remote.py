@@ -28,11 +28,12 @@ class Direct:
     def __init__(self, workers: list[Worker], lost: Callable[[dict[str, Any]], bool] = lambda header: False) -> None:
         self.workers, self.lost = workers, lost
         self.silent: set[int] = set()
+        self.gone: set[int] = set()
         self.headers: list[dict[str, Any]] = []
         self._ready: list[Reply] = []
 
     def nodes(self) -> list[int]:
-        return list(range(len(self.workers)))
+        return [node for node in range(len(self.workers)) if node not in self.gone]
 
     def push(self, node: int, data: bytes, ttl_s: float) -> str | None:
         header, _ = unpack(data)
@@ -178,6 +179,17 @@ def test_sites_announce_themselves_and_who_does_not_fit_is_told_why(
         remote.gather(2, 1.0)
     (client,) = remote.gather(1, 5.0)
     assert (client.id, client.rank, client.examples) == ("north", 2, len(Parts(north).tables.train))
+    # A second node of that name is no north, as long as the first is there.
+    link.workers[1] = Worker(site(north, "north", tmp_path / "s"))
+    remote.refused.clear()
+    with pytest.raises(RoundError, match=r"1 of 2 clients .*it says that it is north, as node 0 does"):
+        remote.gather(2, 1.0)
+    assert remote.places == {"north": 0}
+    link.gone = {0}
+    remote.refused.clear()
+    with pytest.raises(RoundError, match="1 of 2 clients"):
+        remote.gather(2, 1.0)
+    assert remote.places == {"north": 1}
     # Nothing else is said: the answer to a hello has these keys and no other.
     hello = {"do": "hello", "session": "new", "number": 1, "t": 0, "clients": [], "setup": setup | {"form": "raw"}}
     answer, blobs = unpack(link.workers[0].answer(pack(hello)))

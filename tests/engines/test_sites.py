@@ -20,6 +20,7 @@ import tomli_w
 from fedloom.engines import local
 from fedloom.engines.local import Keeper, Spec, free_ports
 from fedloom.errors import ConfigError
+from fedloom.runs import inspect
 from fedloom.runs.assemble import Parts
 from fedloom.runs.config import parse
 from fedloom.runs.directory import RunDirectory
@@ -45,19 +46,19 @@ def sh(line: str, folder: Path, **env: str) -> str:
     return done.stdout
 
 
-def certificates(folder: Path) -> None:
-    """As the guide has them."""
+def certificates(folder: Path, prefix: str = "", name: str = "server") -> None:
+    """As the guide has them: PREFIXca.crt, and what it signed for this machine as NAME.pem, NAME.key."""
+    ca = f"{prefix}ca"
     sh(
         "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -days 2 -subj '/CN=two sites' "
-        "-keyout ca.key -out ca.crt && "
+        f"-keyout {ca}.key -out {ca}.crt && "
         "openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -subj '/CN=localhost' "
-        "-keyout server.key -out server.csr && "
+        f"-keyout {name}.key -out {name}.csr && "
         "printf 'subjectAltName=DNS:localhost,IP:127.0.0.1' > san.txt && "
-        "openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile san.txt -out server.pem",
+        f"openssl x509 -req -in {name}.csr -CA {ca}.crt -CAkey {ca}.key -CAcreateserial -days 2 -extfile san.txt "
+        f"-out {name}.pem",
         folder,
     )
-    for name in ("north", "south", "stranger"):
-        sh(f"ssh-keygen -q -t ecdsa -b 384 -N '' -f {name}", folder)
 
 
 def rows(source: Path, folder: Path) -> None:
@@ -72,6 +73,9 @@ def rows(source: Path, folder: Path) -> None:
 def test_two_sites_with_tls_and_node_authentication(settings: Settings, questions: Path, folder: Path) -> None:
     pytest.importorskip("flwr")
     certificates(folder)
+    certificates(folder, "local-", "local")  # a site has nothing of the server's but ca.crt
+    for name in ("north", "south", "stranger"):
+        sh(f"ssh-keygen -q -t ecdsa -b 384 -N '' -f {name}", folder)
     rows(questions, folder)
     values = settings(
         method={"name": "fslora"},
@@ -82,12 +86,15 @@ def test_two_sites_with_tls_and_node_authentication(settings: Settings, question
     (folder / "run.toml").write_text(tomli_w.dumps(values))
     env = local.environment(folder / "home")
     port, *runtime = free_ports(4)
-    tls = ["--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key", "--ssl-ca-certfile", "ca.crt"]
-    tls = [str(folder / x) if "." in x and not x.startswith("--") else x for x in tls]
+
+    def tls(ca: str, name: str) -> list[str]:
+        files = {"--ssl-ca-certfile": f"{ca}.crt", "--ssl-certfile": f"{name}.pem", "--ssl-keyfile": f"{name}.key"}
+        return [part for option, file in files.items() for part in (option, str(folder / file))]
 
     def node(k: int, name: str) -> Spec:
         start = [local.command("flower-supernode"), "--root-certificates", str(folder / "ca.crt")]
-        start += ["--superlink", f"127.0.0.1:{port}", "--port", str(runtime[k]), *tls, "--max-retries", "3"]
+        start += ["--superlink", f"127.0.0.1:{port}", "--port", str(runtime[k]), "--max-retries", "3"]
+        start += tls("local-ca", "local")
         start += ["--auth-supernode-private-key", str(folder / name)]
         return Spec(f"supernode-{name}", [*start, "--node-config", f'worker="{folder}/{name}.socket"'], env)
 
@@ -98,7 +105,7 @@ def test_two_sites_with_tls_and_node_authentication(settings: Settings, question
 
     link = [
         local.command("flower-superlink"),
-        *tls,
+        *tls("ca", "server"),
         "--enable-supernode-auth",
         "--host",
         "127.0.0.1",
@@ -143,6 +150,9 @@ def test_two_sites_with_tls_and_node_authentication(settings: Settings, question
             r"process (\d+), base model loaded (\d+) time", (folder / f"logs/node-{name}.log").read_text()
         )
         assert len(said) >= 2 and len(set(said)) == 1 and said[0][1] == "1"
+    # What a run in one process can be asked, this one can.
+    assert all(expected == now for _, expected, now in inspect.verify(run.path))
+    assert inspect.evaluate_saved(run.path) == pytest.approx(run.rounds()[-1]["eval"], abs=1e-5)
     # Rows stay where they are: a word that all of them have is nowhere with the server, nor in what the SuperLink stored.
     stored = [path for path in (folder / "run").rglob("*") if path.is_file()] + list(folder.glob("state.db*"))
     assert len(stored) > 5 and not any(SECRET.encode() in path.read_bytes() for path in stored)

@@ -131,22 +131,33 @@ class Remote:
 
     def _welcome(self, asked: _Asked, header: dict[str, Any]) -> None:
         if "fault" in header:
-            self.notes.append(f"node {asked.node} takes no part: {header['fault']}")
-            self.refused[asked.node] = time.monotonic(), header["fault"]
-            return
+            return self._refuse(asked.node, header["fault"])
+        found: list[Client] = []
         for fields in header.get("clients", []):
             try:
-                client = Client(str(fields[0]), int(fields[1]), int(fields[2]), float(fields[3]))
+                found.append(Client(str(fields[0]), int(fields[1]), int(fields[2]), float(fields[3])))
             except (TypeError, ValueError, IndexError):
                 self.notes.append(
                     f"node {asked.node} announced {str(fields)[:60]}, expected id, examples, rank and keep"
                 )
-                continue
-            # A node that was started again has a new id: the newest is the one that lives.
+        online = set(self.link.nodes())
+        for client in found:
+            # A node that was started again may have a new id: a name is free again when the node that had it is gone.
+            holder = self.places.get(client.id, asked.node)
+            if holder != asked.node and holder in online:
+                return self._refuse(
+                    asked.node, f"it says that it is {client.id}, as node {holder} does: give one of them another --id"
+                )
+        for client in found:
             self.places[client.id] = asked.node
             self.announced.setdefault(client.id, client)
         self._known.add(asked.node)
         self.refused.pop(asked.node, None)
+        return None
+
+    def _refuse(self, node: int, why: str) -> None:
+        self.notes.append(f"node {node} takes no part: {why}")
+        self.refused[node] = time.monotonic(), why
 
     def _placed(self) -> set[int]:
         """Bring `places` up to date; the nodes that are connected."""
