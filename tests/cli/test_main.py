@@ -28,7 +28,8 @@ def file(settings: Settings, tmp_path: Path) -> Path:
 
 def test_run_evaluate_export_verify_sensitivity(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(tmp_path / "run")
-    assert call(["run", str(file), "--set", "method.name=fedit", "--set", "train.lr=2e-2", "--out", run]) == 0
+    chosen = ["--set", "method.name=fedit", "--set", "train.lr=2e-2", "--set", "task.text=text"]
+    assert call(["run", str(file), *chosen, "--out", run]) == 0
     text = capsys.readouterr().out
     assert [line.split(":")[0] for line in text.splitlines() if line.startswith("round ")] == [
         "round 0",
@@ -36,6 +37,7 @@ def test_run_evaluate_export_verify_sensitivity(file: Path, tmp_path: Path, caps
         "round 2",
     ]
     assert f"adapter: {run}/adapter" in text and f"fedloom evaluate {run}" in text
+    assert f"fedloom run {file} --set method.name=" in text
     config = (tmp_path / "run" / "run.toml").read_text()
     assert 'name = "fedit"' in config and "lr = 0.02" in config
 

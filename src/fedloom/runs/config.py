@@ -5,10 +5,10 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from fedloom.errors import ConfigError, nearest
@@ -41,7 +41,7 @@ class TaskSection(_Section):
     """As `data`; by default a seeded hold-out of it (a GLUE task's own validation split)."""
     proxy_data: str | None = None
     """Rows that the server owns, for methods that train there."""
-    text: list[str] | None = None
+    text: Annotated[list[str], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)] | None = None
     """One or two columns; by default `text` or `sentence`."""
     label: str = "label"
     prompt: str = "prompt"
