@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from fedloom.train.packing import Bucket, Packing
+from fedloom.train.packing import Packing
 
 PACKED = "fedloom_packed"
 """The name under which transformers finds `attend`."""
@@ -102,21 +102,19 @@ def attend(
     made = []
     for i, bucket in enumerate(packing.buckets):
         shape = (len(bucket.spread), heads, -1, d)
-        rows = _rows(q[i].view(shape), k[i].view(shape), v[i].view(shape), bucket, packing.causal, scale)
-        made.append(rows.reshape(-1, d))
+        rows = q[i].view(shape), k[i].view(shape), v[i].view(shape)
+        if choose(query.device, query.dtype, bucket.spread.shape[1]) == "sdpa":
+            mask = None if packing.causal else bucket.valid[:, None, None, :]
+            out = F.scaled_dot_product_attention(*rows, mask, is_causal=packing.causal, scale=scale)
+        else:
+            out = _plain(*(x.flatten(0, 1) for x in rows), packing.mask(i, heads, query.dtype), scale)
+        made.append(out.reshape(-1, d))
     return _collect(made[0] if len(made) == 1 else torch.cat(made), packing, heads), None
 
 
-def _rows(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, causal: bool, scale: float) -> Tensor:
-    """(R, heads, L', d) of each -> the same; what is made for padding has no meaning."""
-    L = q.shape[2]
-    if choose(q.device, q.dtype, L) == "sdpa":
-        mask = None if causal else bucket.valid[:, None, None, :]
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
-    allowed = q.new_ones(L, L, dtype=torch.bool).tril() if causal else bucket.valid[:, None, None, :]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    mask = torch.zeros(allowed.shape, dtype=wide, device=q.device).masked_fill_(~allowed, -torch.inf)
-    return torch.add(mask, q @ k.transpose(-1, -2), alpha=scale).softmax(-1).to(q.dtype) @ v
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """(R * heads, L', d) of each -> the same; what is made for padding has no meaning. The softmax adds up in float32."""
+    return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(-1) @ v
 
 
 AttentionInterface.register(PACKED, attend)  # needs no mask function: the packing holds what is masked

@@ -65,7 +65,7 @@ class Packing:
     buckets: Sequence[Bucket]
     causal: bool
     idle: int = 0
-    _indices: dict[object, Tensor] = field(default_factory=dict)
+    _made: dict[object, Tensor] = field(default_factory=dict)
 
     def spread_index(self, heads: int, shared: int) -> Tensor:
         """Index into (N * heads / shared) vectors that lays out, end to end, each bucket's (R, heads, L').
@@ -73,29 +73,41 @@ class Packing:
         `shared` heads of queries read one of keys.
         """
         key = (heads, shared)
-        if key not in self._indices:
+        if key not in self._made:
             head = (torch.arange(heads, device=self.slots.device) // shared).view(1, -1, 1)
             parts = [(x.spread.unsqueeze(1) * (heads // shared) + head).flatten() for x in self.buckets]
-            self._indices[key] = torch.cat(parts)
-        return self._indices[key]
+            self._made[key] = torch.cat(parts)
+        return self._made[key]
 
     def collect_index(self, heads: int) -> Tensor:
         """(N * heads,): the way back, index into the buckets' vectors."""
         key = (heads, "collect")
-        if key not in self._indices:
+        if key not in self._made:
             source = self.spread_index(heads, 1)
             there = torch.nonzero(self._valid(heads)).squeeze(1)
             # An idle token reads the first vector.
             back = torch.zeros(self.input_ids.shape[1] * heads, dtype=torch.int64, device=source.device)
-            self._indices[key] = back.index_copy_(0, source[there], there)
-        return self._indices[key]
+            self._made[key] = back.index_copy_(0, source[there], there)
+        return self._made[key]
 
     def padding_index(self, heads: int) -> Tensor:
         """(P,): those of the buckets' vectors that are padding."""
         key = (heads, "padding")
-        if key not in self._indices:
-            self._indices[key] = torch.nonzero(~self._valid(heads)).squeeze(1)
-        return self._indices[key]
+        if key not in self._made:
+            self._made[key] = torch.nonzero(~self._valid(heads)).squeeze(1)
+        return self._made[key]
+
+    def mask(self, i: int, heads: int, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores of bucket i: 0 or -inf, (R * heads, 1, L'), or (L', L') if causal."""
+        key = ("mask", i, heads, dtype)
+        if key not in self._made:
+            valid = self.buckets[i].valid
+            L = valid.shape[1]
+            allowed = valid.new_ones(L, L).tril() if self.causal else valid.repeat_interleave(heads, 0).unsqueeze(1)
+            self._made[key] = torch.zeros(allowed.shape, dtype=dtype, device=valid.device).masked_fill_(
+                ~allowed, -torch.inf
+            )
+        return self._made[key]
 
     def _valid(self, heads: int) -> Tensor:
         parts = []
