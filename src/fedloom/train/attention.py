@@ -113,8 +113,11 @@ def attend(
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """(R * heads, L', d) of each -> the same; what is made for padding has no meaning. The softmax adds up in float32."""
-    return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(-1) @ v
+    """(R * heads, L', d) of each -> the same; what is made for padding has no meaning."""
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
+    # A softmax adds up in float32 whatever its dtype; of rows that fill no vector of bfloat16 (32 numbers) it is slow.
+    wide = torch.float32 if q.dtype == torch.bfloat16 and q.shape[1] % 32 else q.dtype
+    return scores.softmax(-1, dtype=wide).to(q.dtype) @ v
 
 
 AttentionInterface.register(PACKED, attend)  # needs no mask function: the packing holds what is masked
