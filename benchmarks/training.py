@@ -4,8 +4,7 @@
 
 All-MiniLM-L6-v2 on TREC questions, LoRA of rank 8 on query and value plus the classification head, AdamW. Every line does the
 same batches, which every turn shuffles anew, as every round of a run does. The lines take turns within one process, so that a
-busy spell meets all of them, and each counts with its best turn, as timeit does: what disturbs a turn only makes it slower. The
-median is printed beside it.
+busy spell meets all of them; a ratio is the median of the ratios within one turn.
 """
 
 from __future__ import annotations
@@ -188,7 +187,7 @@ def main() -> None:
         def ratio(to: str, line: Line = line, found: list[float] = found) -> str:
             for other, theirs in zip(chosen, times, strict=True):
                 if other.name == to and other.batch_size == line.batch_size:
-                    return f"{min(theirs) / min(found):.2f}"
+                    return f"{statistics.median(a / b for a, b in zip(theirs, found, strict=True)):.2f}"
             return ""
 
         single = ratio(line.name.rpartition(",")[0] + ", one by one") if "together" in line.name else ""
