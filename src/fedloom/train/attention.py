@@ -98,17 +98,17 @@ def attend(
     (_, heads, _, d), shared = query.shape, query.shape[1] // key.shape[1]
     scale = d**-0.5 if scaling is None else scaling
     sizes = [x.spread.numel() * heads for x in packing.buckets]
-    q, k, v = (torch.split(_spread(x, packing, n), sizes) for x, n in ((query, 1), (key, shared), (value, shared)))
+    parts = [torch.split(_spread(x, packing, n), sizes) for x, n in ((query, 1), (key, shared), (value, shared))]
     made = []
     for i, bucket in enumerate(packing.buckets):
-        shape = (len(bucket.spread), heads, -1, d)
-        rows = q[i].view(shape), k[i].view(shape), v[i].view(shape)
-        if choose(query.device, query.dtype, bucket.spread.shape[1]) == "sdpa":
+        L = bucket.spread.shape[1]
+        q, k, v = (x[i].view(-1, heads, L, d) for x in parts)
+        if choose(q.device, q.dtype, L) == "sdpa":
             mask = None if packing.causal else bucket.valid[:, None, None, :]
-            out = F.scaled_dot_product_attention(*rows, mask, is_causal=packing.causal, scale=scale)
+            rows = F.scaled_dot_product_attention(q, k, v, mask, is_causal=packing.causal, scale=scale)
         else:
-            out = _plain(*(x.flatten(0, 1) for x in rows), packing.mask(i, heads, query.dtype), scale)
-        made.append(out.reshape(-1, d))
+            rows = _plain(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), packing.mask(i, heads, q.dtype), scale)
+        made.append(rows.reshape(-1, d))
     return _collect(made[0] if len(made) == 1 else torch.cat(made), packing, heads), None
 
 

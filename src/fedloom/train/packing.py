@@ -152,7 +152,7 @@ def pack_batch(batch: Batch, causal: bool, few_shapes: bool = False) -> Packing:
 
 
 def _rounded(n: int, least: int = 1) -> int:
-    """n rounded up to a multiple of `least` and of a thirty-second of the next power of two: at most 6 % more."""
+    """n rounded up to a multiple of `least` and of a thirty-second of the next power of two."""
     step = max(least, 1 << max(0, n.bit_length() - 5))
     return -(-n // step) * step
 
