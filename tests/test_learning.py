@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import fedloom
+from fedloom.wireless import allocate, read_fleet
+from fedloom.wireless.baselines import baseline
 
 pytestmark = pytest.mark.slow
 Need = Callable[[str], None]
+FLEET = Path(__file__).parent.parent / "examples" / "fleet.toml"
 QUICKSTART = Path(fedloom.__file__).parent / "quickstart.toml"
 
 
@@ -35,6 +40,26 @@ def test_the_quickstart_learns(need: Need, tmp_path: Path) -> None:
     sent = result.rounds[1]["bytes_up"]
     assert sent["A"] == sent["B"] == (2 + 4 + 8 + 8) * 18 * 384 * 4
     assert sent["sketch"] == 4 * 8 and sent == result.rounds[1]["bytes_down"]
+
+
+def test_planned_rates_learn_no_worse_than_one_rate_for_all(need: Need, tmp_path: Path) -> None:
+    need("minilm")
+    need("trec")
+    problem = replace(read_fleet(FLEET).problem(), latency_limit_s=0.35)
+    plan = allocate(problem)
+    one, rate = baseline(problem, "uniform")
+    assert rate is not None and plan.upper < one.value
+    scores: dict[str, list[float]] = {"planned": [], "one": []}
+    for seed in range(3):
+        for name, keep in (("planned", list(plan.keep.values())), ("one", rate.tolist())):
+            config = fedloom.load_config(
+                QUICKSTART, ["train.rounds=3", "train.evaluate_every=0", "method.name=fedlodrop"]
+            )
+            clients = config.clients.model_copy(update={"ranks": None, "keep": keep})
+            config = config.model_copy(update={"clients": clients, "seed": seed})
+            scores[name].append(fedloom.run(config, tmp_path / f"{name}-{seed}").eval["accuracy"])
+    noise = statistics.stdev(scores["planned"]) + statistics.stdev(scores["one"])
+    assert statistics.mean(scores["planned"]) > statistics.mean(scores["one"]) - noise, scores
 
 
 def test_a_decoder_learns_to_answer(need: Need, tmp_path: Path) -> None:
