@@ -71,6 +71,9 @@ class LoraSection(_Section):
     """On the adapters' inputs."""
 
 
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
 class ClientsSection(_Section):
     """[clients]"""
 
@@ -87,7 +90,7 @@ class ClientsSection(_Section):
     """Of a pathological partition."""
     ranks: int | list[int] | None = None
     """Cycled over the clients; by default lora.rank."""
-    keep: float | list[float] | str = 1.0
+    keep: Share | list[Share] | str = 1.0
     """Cycled over the clients, or the file of an allocation."""
     max_norm: float | None = Field(None, gt=0)
     """Drop an upload whose norm is larger."""
@@ -208,9 +211,13 @@ def parse(values: Mapping[str, Any], source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        # A union reports one error for each of its members: the first says enough.
-        first = {tuple(detail["loc"][:2]): detail for detail in reversed(error.errors())}
-        lines = [_explain(detail) for detail in reversed(first.values())]
+        # A union reports one error for each of its members: the first of those that got furthest says enough.
+        told: dict[tuple[int | str, ...], ErrorDetails] = {}
+        for detail in error.errors():
+            key = detail["loc"][:2]
+            if key not in told or len(detail["loc"]) > len(told[key]["loc"]):
+                told[key] = detail
+        lines = [_explain(detail) for detail in told.values()]
         joined = lines[0] if len(lines) == 1 else "".join(f"\n  - {line}" for line in lines)
         raise ConfigError(f"{source}: {joined}") from None
 
