@@ -82,7 +82,7 @@ def one_round(
 ) -> tuple[State, Record]:
     """Round t with the clients given. `state` is not changed.
 
-    Raises RoundError if fewer uploads than `quorum`, or than there are clients, can be used.
+    Raises RoundError if fewer uploads can be used than `quorum`, or than there are clients if those are fewer.
     """
     start = time.perf_counter()
     clients = sorted(clients, key=lambda client: client.id)

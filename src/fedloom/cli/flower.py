@@ -49,7 +49,7 @@ def serve(
     path = out if out is not None else session.free_name(settings)
     with commands.resumable(path), Terminal(commands.out) as terminal:
         result = session.start(settings, path, terminal)
-    commands.finished(result)
+    commands.finished(result, result.path / "run.toml")
 
 
 def node(

@@ -64,7 +64,7 @@ def run(
     path = out_ if out_ is not None else session.free_name(settings)
     with resumable(path), Terminal(out) as terminal:
         result = session.start(settings, path, terminal)
-    finished(result, file if file is not None else "")
+    finished(result, file or "")
 
 
 @app.command()
@@ -79,7 +79,7 @@ def resume(path: RunPath) -> None:
 
     with resumable(path), Terminal(out) as terminal:
         result = session.resume(path, terminal)
-    finished(result)
+    finished(result, path / "run.toml")
 
 
 @contextmanager
@@ -93,17 +93,15 @@ def resumable(path: Path) -> Iterator[None]:
         raise
 
 
-def finished(result: Any, file: Path | str | None = None) -> None:
-    """`file` is the run file that was given, "" for the quickstart."""
-    shown = f"{result.path / 'run.toml' if file is None else file} " if file != "" else ""
+def finished(result: Any, file: Path | str) -> None:
+    """What came of a run. `file` is its run file, "" the quickstart's."""
+    again = f"fedloom run {file}".rstrip()
     scores = ", ".join(f"{name} {value:.4f}" for name, value in result.eval.items())
     out.print(f"\nheld-out {scores}" if scores else "")
     out.print(f"adapter: {result.adapter_dir}", soft_wrap=True)
     out.print(f"next:    fedloom evaluate {result.path}", soft_wrap=True)
     out.print(f"         fedloom export {result.path} my-adapter [--merge]", soft_wrap=True)
-    out.print(
-        f"         fedloom run {shown}--set method.name=fedit   (fedloom methods lists the others)", soft_wrap=True
-    )
+    out.print(f"         {again} --set method.name=fedit   (fedloom methods lists the others)", soft_wrap=True)
 
 
 @app.command()
