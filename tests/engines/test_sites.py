@@ -93,7 +93,7 @@ def test_two_sites_with_tls_and_node_authentication(settings: Settings, question
 
     def node(k: int, name: str) -> Spec:
         start = [local.command("flower-supernode"), "--root-certificates", str(folder / "ca.crt")]
-        start += ["--superlink", f"127.0.0.1:{port}", "--port", str(runtime[k]), "--max-retries", "3"]
+        start += ["--superlink", f"127.0.0.1:{port}", "--port", str(runtime[k])]
         start += tls("local-ca", "local")
         start += ["--auth-supernode-private-key", str(folder / name)]
         return Spec(f"supernode-{name}", [*start, "--node-config", f'worker="{folder}/{name}.socket"'], env)
@@ -143,7 +143,10 @@ def test_two_sites_with_tls_and_node_authentication(settings: Settings, question
         "north": {"examples": 24, "rank": 4, "keep": 1.0},
         "south": {"examples": 24, "rank": 2, "keep": 1.0},
     }
-    assert [r["dropped"] for r in run.rounds()] == [{}] * 3
+    said = "".join(
+        f"\n== {log.name}\n{log.read_text()[-3000:]}" for log in sorted((folder / "logs").glob("*-north.log"))
+    )
+    assert [r["dropped"] for r in run.rounds()] == [{}] * 3, said
     assert [r["clients"] for r in run.rounds()[1:]] == [["north", "south"]] * 2
     for name in ("north", "south"):
         said = re.findall(
