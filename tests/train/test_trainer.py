@@ -213,9 +213,13 @@ def test_padding_stays_zero_and_is_not_returned(build: Any, rows: Any, works: An
             assert state["A"][family.sites[0]].untyped_storage().nbytes() == state["A"][family.sites[0]].nbytes
 
 
+@pytest.mark.parametrize("few_shapes", [False, True])
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2-classifier"])
 @pytest.mark.parametrize("k", [0, 1, 2])
-def test_a_nan_stays_with_its_client(name: str, k: int, build: Any, rows: Any, works: Any) -> None:
+def test_a_nan_stays_with_its_client(
+    name: str, k: int, few_shapes: bool, build: Any, rows: Any, works: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedloom.train.packing.compiles", lambda *_: few_shapes)
     family = build(name)
     clients = works(family, dtype=torch.float32)
     broken = copy.deepcopy(clients)

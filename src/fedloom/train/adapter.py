@@ -39,7 +39,7 @@ class Segments:
     padding: Tensor
     """(P,) int64: index into K * T of those places."""
     collect: Tensor
-    """(N,) int64: index into K * T of each token."""
+    """(N,) int64: index into K * T of each token, any of an idle one."""
     _last: tuple[weakref.ref[Tensor], Tensor] | None = None
     """The last input and its rows. A strong reference would close a cycle through autograd's graph, which holds this
     object, and keep every step's graph for ever."""

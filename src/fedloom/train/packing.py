@@ -43,9 +43,9 @@ class Bucket:
     spread: Tensor
     """(R, L') int64: index into N of the tokens of each row; that of its first for padding."""
     valid: Tensor
-    """(R, L') bool: which of those are tokens. An idle row is a copy of another."""
-    rows: int
-    """How many rows are not idle."""
+    """(R, L') bool: which of those a row attends to. An idle row is a copy of another."""
+    real: Tensor
+    """(R, L') bool: `valid` without idle rows, so that each token is there once."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Packing:
     slots: Tensor
     """(K * b, L) int64: index into N of each token of the batch; that of its row's first for padding."""
     segments: Segments | None
-    """Where the clients' tokens are; None if each has equally many."""
+    """Where the clients' tokens are; None if all of N are, equally many of each."""
     buckets: Sequence[Bucket]
     causal: bool
     idle: int = 0
@@ -84,7 +84,7 @@ class Packing:
         key = (heads, "collect")
         if key not in self._made:
             source = self.spread_index(heads, 1)
-            there = torch.nonzero(self._valid(heads)).squeeze(1)
+            there = torch.nonzero(self._real(heads)).squeeze(1)
             # An idle token reads the first vector.
             back = torch.zeros(self.input_ids.shape[1] * heads, dtype=torch.int64, device=source.device)
             self._made[key] = back.index_copy_(0, source[there], there)
@@ -94,7 +94,7 @@ class Packing:
         """(P,): those of the buckets' vectors that are padding."""
         key = (heads, "padding")
         if key not in self._made:
-            self._made[key] = torch.nonzero(~self._valid(heads)).squeeze(1)
+            self._made[key] = torch.nonzero(~self._real(heads)).squeeze(1)
         return self._made[key]
 
     def mask(self, i: int, heads: int, dtype: torch.dtype) -> Tensor:
@@ -109,13 +109,8 @@ class Packing:
             )
         return self._made[key]
 
-    def _valid(self, heads: int) -> Tensor:
-        parts = []
-        for x in self.buckets:
-            real = x.valid.clone()
-            real[x.rows :] = False
-            parts.append(real.unsqueeze(1).expand(-1, heads, -1).flatten())
-        return torch.cat(parts)
+    def _real(self, heads: int) -> Tensor:
+        return torch.cat([x.real.unsqueeze(1).expand(-1, heads, -1).flatten() for x in self.buckets])
 
 
 def pack_batch(batch: Batch, causal: bool, few_shapes: bool = False) -> Packing:
@@ -180,13 +175,13 @@ def _by_length(lengths: Tensor) -> list[tuple[Tensor, int]]:
 
 
 def _bucket(rows: Tensor, L: int, real: Tensor, slots: Tensor, few_shapes: bool) -> Bucket:
+    idle = _rounded(len(rows)) - len(rows) if few_shapes else 0
+    every = torch.cat([rows, rows[:1].expand(idle)]) if idle else rows
     longest = min(L, real.shape[1])
-    count = len(rows)
-    if few_shapes:
-        rows = torch.cat([rows, rows[:1].expand(_rounded(count) - count)])
-    chosen = slots[rows]
+    chosen = slots[every]
     spread = torch.cat([chosen[:, :longest], chosen[:, :1].expand(-1, L - longest)], dim=1)
-    return Bucket(spread, F.pad(real[rows, :longest], (0, L - longest)), count)
+    valid = F.pad(real[every, :longest], (0, L - longest))
+    return Bucket(spread, valid, F.pad(valid[: len(rows)], (0, 0, 0, idle)))
 
 
 def _segments(counts: Tensor, idle: int, few_shapes: bool) -> Segments | None:
