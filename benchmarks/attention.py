@@ -45,8 +45,8 @@ def main() -> None:
                     added = added.repeat_interleave(12, 0).squeeze(2)
 
                 def eager(q: Tensor = q, k: Tensor = k, v: Tensor = v, m: Tensor = added, g: Tensor = grad) -> None:
-                    out = plain(*(x.flatten(0, 1) for x in (q, k, v)), mask=m, scale=q.shape[-1] ** -0.5)
-                    torch.autograd.grad(out, (q, k, v), g.flatten(0, 1))
+                    out = plain(*(x.flatten(0, 2) for x in (q, k, v)), m, q.shape[-1] ** -0.5)
+                    torch.autograd.grad(out, (q, k, v), g.flatten(0, 2))
 
                 def sdpa(q: Tensor = q, k: Tensor = k, v: Tensor = v, m: Tensor = allowed, g: Tensor = grad) -> None:
                     mask, is_causal = (None, True) if m.dim() == 2 else (m, False)

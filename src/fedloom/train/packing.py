@@ -26,6 +26,9 @@ from fedloom.train.adapter import Segments
 
 _ALIGN = 16
 
+_TOKENS = 8
+"""What the number of packed tokens is rounded up to at least: each idle one costs what a real one does."""
+
 _BUCKET = 4096
 """Padded scores per head that a bucket of its own must save: it costs some twenty calls in every layer."""
 
@@ -129,7 +132,7 @@ def pack_batch(batch: Batch, causal: bool, few_shapes: bool = False) -> Packing:
     # Padding reads its own row's first token: even at weight 0, a NaN of another client would come through.
     slots = torch.where(real, first.unsqueeze(1) + position, first.unsqueeze(1))
     N = int(counts.sum())
-    idle = _rounded(N, _ALIGN) - N if few_shapes else 0
+    idle = _rounded(N, _TOKENS) - N if few_shapes else 0
 
     def tokens(x: Tensor) -> Tensor:
         return F.pad(x[real], (0, idle)).unsqueeze(0)
