@@ -56,6 +56,24 @@ def test_equals_the_dense_formula_per_client(index: int, shared: str) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
+def test_only_the_adapter_sees_what_dropout_leaves() -> None:
+    base = layers()[0]
+    layer = LoRALinear("x", base)
+    A, B = torch.randn(3, 2, 7).double().requires_grad_(), torch.randn(3, 5, 2).double().requires_grad_()
+    x = torch.randn(6, 4, 7).double().requires_grad_()
+    kept = (torch.rand(6, 4, 7) > 0.4).double() / 0.6
+    layer.delta = Delta(A, B, torch.ones(3, 1, 1).double())
+    layer.dropout = lambda site, given: kept
+    expected = torch.cat([base(x[i]) + (x * kept)[i] @ (B[k] @ A[k]).T for k in range(3) for i in (2 * k, 2 * k + 1)])
+    expected = expected.view(6, 4, 5)
+    made = layer(x)
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-12)
+    probe = torch.randn_like(expected)
+    ours = torch.autograd.grad((made * probe).sum(), (x, A, B))
+    theirs = torch.autograd.grad((expected * probe).sum(), (x, A, B))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_equals_peft_layer_with_its_gradients(index: int) -> None:
     base = layers()[index]

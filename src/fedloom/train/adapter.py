@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.core import Sites
@@ -27,7 +28,7 @@ Offset = tuple[Tensor, Tensor | None]
 """left (out, q) and right (q, in), or a dense (out, in) and None: what is added to a frozen weight."""
 
 Dropout = Callable[[str, Tensor], Tensor]
-"""(site, x) -> x with some inputs of the adapter dropped."""
+"""(site, x) -> what multiplies the adapter's input x: 0 where it is dropped."""
 
 
 @dataclass
@@ -68,46 +69,85 @@ class Delta(NamedTuple):
     scale: Tensor  # (K, 1, 1)
 
 
-class _AddDelta(torch.autograd.Function):
-    """y + scale * B A x, each client on its rows.
+class Frozen(NamedTuple):
+    """What no client trains of one layer."""
 
-    Written out rather than left to autograd, whose gradient of a gather is a scatter, and so that the small products are laid
-    out as (r, rows): on a CPU up to four times as fast as (rows, r).
+    weight: Tensor  # (out, in)
+    bias: Tensor | None  # (out,)
+    offset: Offset | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        y = F.linear(x, self.weight, self.bias)
+        if self.offset is not None:
+            left, right = self.offset
+            y = y + (x if right is None else x @ right.T) @ left.T
+        return y
+
+    def back(self, grad: Tensor) -> Tensor:
+        """The gradient (..., out) of the result -> that of x (..., in)."""
+        dx = grad @ self.weight
+        if self.offset is not None:
+            left, right = self.offset
+            dx += grad @ left if right is None else (grad @ left) @ right
+        return dx
+
+
+class _Adapted(torch.autograd.Function):
+    """frozen(x) + scale * B A x, each client on its rows.
+
+    Written out rather than left to autograd, whose gradient of a gather is a scatter; so that the small products are laid out
+    as (r, rows), on a CPU up to four times as fast as (rows, r); and so that gradients of x are added up in place.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, segments: Segments | None
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        scale: Tensor,
+        frozen: Frozen,
+        kept: Tensor | None,
+        segments: Segments | None,
     ) -> Tensor:
         K, m = len(A), B.shape[1]
-        rows = segments.rows(x, K) if segments is not None else x.reshape(K, -1, x.shape[-1])
+        y = frozen(x)
+        z = x if kept is None else x * kept
+        rows = segments.rows(z, K) if segments is not None else z.reshape(K, -1, z.shape[-1])
         h = torch.bmm(A, rows.transpose(1, 2)).mul_(scale)  # (K, r, T)
-        ctx.save_for_backward(rows, A, B, h)
-        ctx.scale, ctx.segments, ctx.shape = scale, segments, x.shape
+        ctx.save_for_backward(rows, A, B, h, kept)
+        ctx.scale, ctx.frozen, ctx.segments, ctx.shape = scale, frozen, segments, x.shape
         if segments is not None:
-            return segments.tokens(torch.bmm(h.transpose(1, 2), B.transpose(1, 2))).add_(y)
-        return torch.baddbmm(y.reshape(K, -1, m), h.transpose(1, 2), B.transpose(1, 2)).view(y.shape)
+            return y.add_(segments.tokens(torch.bmm(h.transpose(1, 2), B.transpose(1, 2))))
+        y.view(K, -1, m).baddbmm_(h.transpose(1, 2), B.transpose(1, 2))
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, A, B, h = ctx.saved_tensors
+        rows, A, B, h, kept = ctx.saved_tensors
         segments: Segments | None = ctx.segments
-        (grad,), (_, need_x, need_A, need_B, *_) = grads, ctx.needs_input_grad
+        (grad,), (need_x, need_A, need_B, *_), K = grads, ctx.needs_input_grad, len(A)
         # Padding has h = 0 and rows = 0, so whatever gradient is gathered there goes nowhere.
-        g = grad.reshape(len(A), -1, B.shape[1]) if segments is None else segments.any_rows(grad, len(A))
+        g = grad.reshape(K, -1, B.shape[1]) if segments is None else segments.any_rows(grad, K)
         dx = dA = dB = None
         if need_B:
             dB = torch.bmm(h, g).transpose(1, 2)
         if need_x or need_A:
             dh = torch.bmm(B.transpose(1, 2), g.transpose(1, 2)).mul_(ctx.scale)  # (K, r, T)
             dA = torch.bmm(dh, rows) if need_A else None
-            if need_x:
-                dx = torch.bmm(dh.transpose(1, 2), A)
-                dx = dx.view(ctx.shape) if segments is None else segments.tokens(dx)
-        return grad, dx, dA, dB, None, None
+        if need_x:
+            dx = ctx.frozen.back(grad)
+            if segments is None and kept is None:
+                dx.view(K, -1, A.shape[2]).baddbmm_(dh.transpose(1, 2), A)
+            else:
+                dz = torch.bmm(dh.transpose(1, 2), A)
+                dz = dz.view(ctx.shape) if segments is None else segments.tokens(dz)
+                dx += dz if kept is None else dz * kept
+        return dx, dA, dB, None, None, None, None
 
 
-_add_delta: Any = _AddDelta.apply  # torch leaves `apply` untyped
+_adapted: Any = _Adapted.apply  # torch leaves `apply` untyped
 
 
 class LoRALinear(nn.Module):
@@ -133,18 +173,16 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (K * b, ..., in) -> (K * b, ..., out), or (1, N, in) -> (1, N, out) with `segments`."""
-        y: Tensor = self.base(x)
-        if self.offset is not None:
-            left, right = self.offset
-            y = y + (x if right is None else x @ right.T) @ left.T
+        weight, bias = self.weight, self.base.bias
+        assert bias is None or isinstance(bias, Tensor)
+        frozen = Frozen(weight.T if isinstance(self.base, Conv1D) else weight, bias, self.offset)
         if self.delta is None:
-            return y
-        if self.dropout is not None:
-            x = self.dropout(self.site, x)
+            return frozen(x)
+        kept = None if self.dropout is None else self.dropout(self.site, x)
         # Inputs of K blocks or more have equally many rows per client; only all tokens in one block may not.
         segments = self.segments if x.shape[0] < len(self.delta.A) else None
-        added: Tensor = _add_delta(y, x, *self.delta, segments)
-        return added
+        y: Tensor = _adapted(x, *self.delta, frozen, kept, segments)
+        return y
 
 
 class HeadLinear(nn.Module):

@@ -28,11 +28,11 @@ class InputDropout:
     """(K,) tokens of each client's longest row; those after them are padding."""
 
     def __call__(self, site: str, x: Tensor) -> Tensor:
-        """x (K * b, L, in) or (K * b, in) with a share p of the real inputs at zero and the others scaled by 1 / (1 - p)."""
+        """What multiplies x (K * b, L, in) or (K * b, in): 0 for a share p of its real inputs, 1 / (1 - p) for the others."""
         K, b = len(self.clients), x.shape[0] // len(self.clients)
         mask = torch.ones(K, b, *x.shape[1:], dtype=x.dtype)
         for k, client in enumerate(self.clients):
             shape = (self.rows[k], *((self.lengths[k],) if x.ndim == 3 else ()), x.shape[-1])
             draw = torch.rand(shape, generator=lora.generator(self.seed, self.t, client, self.step, site, "dropout"))
             mask[k][tuple(slice(0, n) for n in shape)] = (draw >= self.p).to(x.dtype) / (1.0 - self.p)
-        return x * mask.view(x.shape).to(x.device)
+        return mask.view(x.shape).to(x.device)
