@@ -3,8 +3,8 @@
     python benchmarks/training.py [--quick] [--threads 2] [--cpu-time]
 
 All-MiniLM-L6-v2 on TREC questions, LoRA of rank 8 on query and value plus the classification head, AdamW. Every line does the
-same batches, which every turn shuffles anew, as every round of a run does. The lines take turns within one process, so that a
-busy spell meets all of them; a ratio is the median of the ratios within one turn.
+same batches, which every turn shuffles anew, as every round of a run does. The lines take turns within one process, client by
+client, so that a busy spell meets all of them; a ratio is the median of the ratios within one such turn.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def plan_of(data: Encoded, batch_size: int, client: int, t: int) -> Plan:
     return schedule(data.lengths, batch_size, (0, t, f"client-{client}"), epochs=1)
 
 
-Train = Callable[[int, int], None]
-"""Train the first n clients on their batches of turn t."""
+Train = Callable[[range, int], None]
+"""Train some of the clients on their batches of turn t."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Line:
     name: str
     batch_size: int
     clients: int
-    """How many clients a turn trains: slow lines do fewer, times are per client step."""
+    """How many clients a turn trains, the first or the second so many and so on: times are per client step."""
     train: Train
 
 
@@ -70,8 +70,9 @@ def peft_line(
     peft = get_peft_model(copy.deepcopy(model), config)
     start = {n: p.detach().clone() for n, p in peft.named_parameters() if p.requires_grad}
 
-    def train(n: int, t: int) -> None:
-        for client, encoded in enumerate(data[:n]):
+    def train(clients: range, t: int) -> None:
+        for client in clients:
+            encoded = data[client]
             with torch.no_grad():
                 for key, p in peft.named_parameters():
                     if p.requires_grad:
@@ -95,9 +96,8 @@ def our_line(
     data: Sequence[Encoded],
     batch_size: int,
     dtype: torch.dtype,
-    together: int,
 ) -> Train:
-    """Trainer.fit on cohorts of `together` clients."""
+    """Trainer.fit."""
     settings = Settings(lr=LR, batch_size=batch_size, clip=None)
     model = copy.deepcopy(model)
     state: State = lora.init(sites, RANK, lora.generator(0, "benchmark"))
@@ -105,9 +105,8 @@ def our_line(
     trainer = Trainer(model, sites, head, settings=settings, dtype=dtype)
     works = [(Client(f"client-{k}", len(d), RANK), Work(train=state, scale=2.0)) for k, d in enumerate(data)]
 
-    def train(n: int, t: int) -> None:
-        for first in range(0, n, together):
-            trainer.fit(FedIT(rank=RANK), works[first : first + together], data[first : first + together], t)
+    def train(clients: range, t: int) -> None:
+        trainer.fit(FedIT(rank=RANK), [works[k] for k in clients], [data[k] for k in clients], t)
 
     return train
 
@@ -128,27 +127,19 @@ def lines(clients: int, rows: int) -> list[Line]:
     base = load_base("minilm", kind="classification", num_labels=6)
     sites = find_sites(base.model, default_targets(base.model))
     data = trec(base.tokenizer, clients, rows)
-    few = max(1, clients // 4)
     model, head = base.model, base.head
     found = [
-        Line("PEFT loop, as usually written", 8, few, peft_line("", model, data, 8, evaluating=False)),
-        Line("PEFT loop, base in eval mode", 8, few, peft_line("", model, data, 8, evaluating=True)),
+        Line("PEFT loop, as usually written", 8, 1, peft_line("", model, data, 8, evaluating=False)),
+        Line("PEFT loop, base in eval mode", 8, 1, peft_line("", model, data, 8, evaluating=True)),
         Line("PEFT loop, padded to 128", 8, 1, peft_line("", model, data, 8, evaluating=False, fixed=128)),
-        Line("PEFT loop, as usually written", 4, few, peft_line("", model, data, 4, evaluating=False)),
+        Line("PEFT loop, as usually written", 4, 1, peft_line("", model, data, 4, evaluating=False)),
     ]
     for b in (8, 4):
         for dtype in (torch.float32, torch.bfloat16):
             for together in (1, clients):
                 how = "one by one" if together == 1 else f"{together} together"
-                train = our_line(model, sites, head, data, b, dtype, together)
-                found.append(
-                    Line(
-                        f"fedloom, {str(dtype).removeprefix('torch.')}, {how}",
-                        b,
-                        few if together == 1 else clients,
-                        train,
-                    )
-                )
+                train = our_line(model, sites, head, data, b, dtype)
+                found.append(Line(f"fedloom, {str(dtype).removeprefix('torch.')}, {how}", b, together, train))
     return found
 
 
@@ -165,18 +156,18 @@ def main() -> None:
     clock = time.process_time if options.cpu_time else time.perf_counter
     if options.threads:
         torch.set_num_threads(options.threads)
-    clients, rows, turns = (16, 32, 3) if options.quick else (16, 64, 9)
+    clients, rows, turns = (16, 32, 6) if options.quick else (16, 64, 24)
     chosen = lines(clients, rows)
     chosen = [x for x in chosen if any(text in f"{x.name}, batch {x.batch_size}" for text in options.only.split("|"))]
     times: list[list[float]] = [[] for _ in chosen]
-    for turn in range(turns + 1):
+    for turn in range(turns + 2):
         for line, found in zip(chosen, times, strict=True):
-            n = line.clients if turn else min(line.clients, 16 if "together" in line.name else 1)
+            first = turn * line.clients % clients
             start = clock()
-            line.train(n, turn)
+            line.train(range(first, first + line.clients), turn)
             seconds = clock() - start
-            if turn:  # the first turn warms up
-                found.append(1000 * seconds / (n * -(-rows // line.batch_size)))
+            if turn > 1:  # the first two turns warm up
+                found.append(1000 * seconds / (line.clients * -(-rows // line.batch_size)))
     print(describe())
     print(
         f"{clients} clients of {rows} questions, {turns} turns; ms per client step{' (processor time)' * options.cpu_time}\n"
