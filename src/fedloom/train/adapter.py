@@ -45,6 +45,10 @@ class Segments:
     """The last input and its rows. A strong reference would close a cycle through autograd's graph, which holds this
     object, and keep every step's graph for ever."""
 
+    def to(self, device: torch.device) -> Segments:
+        """The same places on a device."""
+        return Segments(self.spread.to(device), self.padding.to(device), self.collect.to(device))
+
     def rows(self, x: Tensor, K: int) -> Tensor:
         """(1, N, d) -> (K, T, d) with zeros for padding. Layers with one input, such as query and value, share the copy."""
         if self._last is None or self._last[0]() is not x:

@@ -62,13 +62,13 @@ def run(
     for step in range(len(members[0].plan)):
         active = [m for m in members if step < len(m.plan)]
         K = len(active)
-        cpu_batch = collate([(m.data, m.plan[step]) for m in active])
-        batch = cpu_batch.to(host.device)
+        batch = collate([(m.data, m.plan[step]) for m in active])
         leaf = flat[:K].detach().requires_grad_()
         A, B, views = factors(leaf, compute)
         head = heads(views, fixed_head, K)
         host.put(A, B, scale[:K], head, _dropout(settings, t, step, active))
-        losses = client_losses(active[0].data.kind, host.logits(batch, active[0].data.kind), batch)
+        kind = active[0].data.kind
+        losses = client_losses(kind, host.logits(batch, kind), batch.to(host.device))
         if penalised:
             own = layout.states(layout.views(leaf), K)
             terms = [method.penalty(state, f) for state, f in zip(own, fixed, strict=False)]
@@ -80,7 +80,7 @@ def run(
             for m in active
         ]
         optimiser.step(grad, torch.tensor(rates, dtype=dtype, device=host.device).unsqueeze(1))
-        record.add(losses.detach(), norms, cpu_batch)
+        record.add(losses.detach(), norms, batch)
     trained = layout.states(layout.views(flat.cpu()), len(members))
     # Clones: a slice of the stack would keep the whole stack alive.
     own_copies: list[State] = [

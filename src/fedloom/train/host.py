@@ -136,15 +136,20 @@ class Host:
             block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def logits(self, batch: Batch, kind: Kind) -> Tensor:
-        """Logits (K * b, classes), or (N, vocabulary) for the N positions of `answer_positions` of a causal LM."""
+        """Logits (K * b, classes), or (N, vocabulary) for the N positions of `answer_positions` of a causal LM.
+
+        The batch is on the CPU: what the model reads of it is moved.
+        """
         read = answer_positions(batch)[0] if kind == "causal-lm" else None
+        arguments: dict[str, Any]
         if self._packed:
-            packed = packing.pack_batch(batch, kind == "causal-lm", packing.compiles(self.device, self._cast_to))
+            few_shapes = packing.compiles(self.device, self._cast_to)
+            packed = packing.pack_batch(batch, kind == "causal-lm", few_shapes).to(self.device)
             self._clients = batch.K
             for layer in self._adapted.sites.values():
                 layer.segments = packed.segments
-            self._read = packed.slots[:, 0] if read is None else packed.slots.flatten()[read]
-            arguments: dict[str, Any] = {
+            self._read = packed.slots[:, 0] if read is None else packed.slots.flatten()[read.to(self.device)]
+            arguments = {
                 "input_ids": packed.input_ids,
                 "attention_mask": torch.ones_like(packed.input_ids),
                 "position_ids": packed.position_ids + packing.first_position(self.model),
@@ -152,7 +157,8 @@ class Host:
                 "packing": packed,
             }
         else:
-            self._read = read
+            batch = batch.to(self.device)
+            self._read = None if read is None else read.to(self.device)
             arguments = {
                 "input_ids": batch.input_ids,
                 "attention_mask": batch.attention_mask,

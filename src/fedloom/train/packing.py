@@ -15,18 +15,19 @@ are rounded up to a few, by idle tokens after all others and idle rows in a buck
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedloom.data.text import Batch, Kind
 from fedloom.train.adapter import Segments
 
 _ALIGN = 16
 
-_TOKENS = 8
+_TOKENS = 4
 """What the number of packed tokens is rounded up to at least: each idle one costs what a real one does."""
 
 _BUCKET = 4096
@@ -69,6 +70,22 @@ class Packing:
     causal: bool
     idle: int = 0
     _made: dict[object, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Packing:
+        """The same packing on a device."""
+        if device == self.slots.device:
+            return self
+        segments = self.segments
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            token_type_ids=None if self.token_type_ids is None else self.token_type_ids.to(device),
+            slots=self.slots.to(device),
+            segments=None if segments is None else segments.to(device),
+            buckets=[Bucket(x.spread.to(device), x.valid.to(device), x.real.to(device)) for x in self.buckets],
+            _made={},
+        )
 
     def spread_index(self, heads: int, shared: int) -> Tensor:
         """Index into (N * heads / shared) vectors that lays out, end to end, each bucket's (R, heads, L').
@@ -119,29 +136,31 @@ class Packing:
 def pack_batch(batch: Batch, causal: bool, few_shapes: bool = False) -> Packing:
     """The packing of a batch that is padded on the right. Rows of weight 0 are left out of it.
 
-    With `few_shapes`, sizes are rounded up to at most sixteen between a power of two and the next.
+    With `few_shapes`, sizes are rounded up to at most sixteen between a power of two and the next. The batch and its packing
+    are on the CPU, and NumPy makes it: these are some fifty calls on very few numbers.
     """
     K, b = batch.K, batch.b
-    real = batch.attention_mask.bool() & (batch.weight > 0).unsqueeze(1)  # (K * b, L)
+    real = (batch.attention_mask.numpy() != 0) & (batch.weight.numpy() > 0)[:, None]  # (K * b, L)
     lengths = real.sum(1)
-    first = lengths.cumsum(0) - lengths
-    counts = lengths.view(K, b).sum(1)
+    counts = lengths.reshape(K, b).sum(1)
     # A row of weight 0 reads its client's first token, with gradient 0: one of another client could bring in its NaN.
-    first = torch.where(lengths > 0, first, (counts.cumsum(0) - counts).repeat_interleave(b))
-    position = torch.arange(real.shape[1], device=real.device)
+    first = np.where(lengths > 0, lengths.cumsum() - lengths, (counts.cumsum() - counts).repeat(b))
+    position = np.arange(real.shape[1])
     # Padding reads its own row's first token: even at weight 0, a NaN of another client would come through.
-    slots = torch.where(real, first.unsqueeze(1) + position, first.unsqueeze(1))
+    slots = np.where(real, first[:, None] + position, first[:, None])
     N = int(counts.sum())
     idle = _rounded(N, _TOKENS) - N if few_shapes else 0
 
-    def tokens(x: Tensor) -> Tensor:
-        return F.pad(x[real], (0, idle)).unsqueeze(0)
+    def tokens(x: NDArray[np.int64]) -> Tensor:
+        flat = np.zeros((1, N + idle), np.int64)
+        flat[0, :N] = x[real]
+        return torch.from_numpy(flat)
 
     return Packing(
-        input_ids=tokens(batch.input_ids),
-        position_ids=tokens(position.expand_as(real)),
-        token_type_ids=None if batch.token_type_ids is None else tokens(batch.token_type_ids),
-        slots=slots,
+        input_ids=tokens(batch.input_ids.numpy()),
+        position_ids=tokens(np.broadcast_to(position, real.shape)),
+        token_type_ids=None if batch.token_type_ids is None else tokens(batch.token_type_ids.numpy()),
+        slots=torch.from_numpy(slots),
         segments=_segments(counts, idle, few_shapes),
         buckets=[_bucket(rows, L, real, slots, few_shapes) for rows, L in _by_length(lengths)],
         causal=causal,
@@ -155,8 +174,8 @@ def _rounded(n: int, least: int = 1) -> int:
     return -(-n // step) * step
 
 
-def _by_length(lengths: Tensor) -> list[tuple[Tensor, int]]:
-    """Rows of data in groups of about one length: indices (R,), and the length to pad to."""
+def _by_length(lengths: NDArray[np.int64]) -> list[tuple[list[int], int]]:
+    """Rows of data in groups of about one length: indices, and the length to pad to."""
     aligned = (-(-lengths // _ALIGN) * _ALIGN).tolist()
     groups: dict[int, list[int]] = {}
     for row, L in enumerate(aligned):
@@ -174,33 +193,38 @@ def _by_length(lengths: Tensor) -> list[tuple[Tensor, int]]:
         if last or len(rows) * (larger**2 - L**2) > _BUCKET:
             found.append((rows, L))
             carried = []
-    return [(torch.tensor(rows, device=lengths.device), L) for rows, L in found]
+    return found
 
 
-def _bucket(rows: Tensor, L: int, real: Tensor, slots: Tensor, few_shapes: bool) -> Bucket:
-    idle = _rounded(len(rows)) - len(rows) if few_shapes else 0
-    every = torch.cat([rows, rows[:1].expand(idle)]) if idle else rows
+def _bucket(rows: list[int], L: int, real: NDArray[np.bool], slots: NDArray[np.int64], few_shapes: bool) -> Bucket:
+    R = _rounded(len(rows)) if few_shapes else len(rows)
+    every = rows + rows[:1] * (R - len(rows))
     longest = min(L, real.shape[1])
-    chosen = slots[every]
-    spread = torch.cat([chosen[:, :longest], chosen[:, :1].expand(-1, L - longest)], dim=1)
-    valid = F.pad(real[every, :longest], (0, L - longest))
-    return Bucket(spread, valid, F.pad(valid[: len(rows)], (0, 0, 0, idle)))
+    spread = np.empty((R, L), np.int64)
+    spread[:, :longest] = slots[every, :longest]
+    spread[:, longest:] = slots[every, :1]
+    valid = np.zeros((R, L), np.bool)
+    valid[:, :longest] = real[every, :longest]
+    there = valid.copy()
+    there[len(rows) :] = False
+    return Bucket(torch.from_numpy(spread), torch.from_numpy(valid), torch.from_numpy(there))
 
 
-def _segments(counts: Tensor, idle: int, few_shapes: bool) -> Segments | None:
+def _segments(counts: NDArray[np.int64], idle: int, few_shapes: bool) -> Segments | None:
     """From the numbers of tokens (K,) of each client, and of idle ones after them all."""
     if len(counts) == 1:
         return None  # idle tokens may as well be the only client's: their gradient is zero
     T = int(counts.max())
     if few_shapes:
         T = _rounded(T, _ALIGN)
-    there = torch.arange(T, device=counts.device) < counts.unsqueeze(1)  # (K, T)
-    if not idle and bool(there.all()):
+    there = np.arange(T) < counts[:, None]  # (K, T)
+    if not idle and there.all():
         return None
-    first = counts.cumsum(0) - counts
-    spread = torch.where(there, first.unsqueeze(1) + torch.arange(T, device=counts.device), first.unsqueeze(1))
-    flat = there.flatten()
-    return Segments(spread.flatten(), torch.nonzero(~flat).squeeze(1), F.pad(torch.nonzero(flat).squeeze(1), (0, idle)))
+    first = (counts.cumsum() - counts)[:, None]
+    spread = np.where(there, first + np.arange(T), first).ravel()
+    collect = np.zeros(int(counts.sum()) + idle, np.int64)
+    collect[: len(collect) - idle] = np.flatnonzero(there)
+    return Segments(torch.from_numpy(spread), torch.from_numpy(np.flatnonzero(~there)), torch.from_numpy(collect))
 
 
 def readers(model: nn.Module, kind: Kind) -> list[str] | None:

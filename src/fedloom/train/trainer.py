@@ -118,9 +118,9 @@ class Trainer:
             self.loaded(method, work, data),
         ):  # no inference mode: a cast made in it could not be trained on
             for first in range(0, len(rows), size):
-                batch = collate([(data, rows[first : first + size])]).to(self._host.device)
+                batch = collate([(data, rows[first : first + size])])
                 logits = self._host.logits(batch, data.kind)
-                sums, counts = summed_losses(data.kind, logits, batch)
+                sums, counts = summed_losses(data.kind, logits, batch.to(self._host.device))
                 total, count = total + float(sums), count + float(counts)
                 if data.kind != "causal-lm":
                     found.append(logits.to(torch.promote_types(logits.dtype, torch.float32)).cpu())
