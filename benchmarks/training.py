@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -54,6 +55,8 @@ class Line:
     clients: int
     """How many clients a turn trains, the first or the second so many and so on: times are per client step."""
     train: Train
+    shapes: bool = True
+    """Whether its batches differ in shape."""
 
 
 def peft_line(
@@ -131,7 +134,7 @@ def lines(clients: int, rows: int) -> list[Line]:
     found = [
         Line("PEFT loop, as usually written", 8, 1, peft_line("", model, data, 8, evaluating=False)),
         Line("PEFT loop, base in eval mode", 8, 1, peft_line("", model, data, 8, evaluating=True)),
-        Line("PEFT loop, padded to 128", 8, 1, peft_line("", model, data, 8, evaluating=False, fixed=128)),
+        Line("PEFT loop, padded to 128", 8, 1, peft_line("", model, data, 8, evaluating=False, fixed=128), False),
         Line("PEFT loop, as usually written", 4, 1, peft_line("", model, data, 4, evaluating=False)),
     ]
     for b in (8, 4):
@@ -156,18 +159,23 @@ def main() -> None:
     clock = time.process_time if options.cpu_time else time.perf_counter
     if options.threads:
         torch.set_num_threads(options.threads)
-    clients, rows, turns = (16, 32, 6) if options.quick else (16, 64, 24)
+    clients, rows, turns = (16, 32, 6) if options.quick else (16, 64, 32)
     chosen = lines(clients, rows)
     chosen = [x for x in chosen if any(text in f"{x.name}, batch {x.batch_size}" for text in options.only.split("|"))]
     times: list[list[float]] = [[] for _ in chosen]
-    for turn in range(turns + 2):
-        for line, found in zip(chosen, times, strict=True):
+    # Warm up: a run meets every client again and again, so what is made once for a shape is made here.
+    for line in chosen:
+        for first in range(0, clients if line.shapes else 1, line.clients):
+            line.train(range(first, first + line.clients), turns)
+    for turn in range(turns):
+        # In an order of its own: what a line leaves behind in caches and clock rates meets another one every time.
+        for i in random.Random(turn).sample(range(len(chosen)), len(chosen)):
+            line, found = chosen[i], times[i]
             first = turn * line.clients % clients
             start = clock()
             line.train(range(first, first + line.clients), turn)
             seconds = clock() - start
-            if turn > 1:  # the first two turns warm up
-                found.append(1000 * seconds / (line.clients * -(-rows // line.batch_size)))
+            found.append(1000 * seconds / (line.clients * -(-rows // line.batch_size)))
     print(describe())
     print(
         f"{clients} clients of {rows} questions, {turns} turns; ms per client step{' (processor time)' * options.cpu_time}\n"
