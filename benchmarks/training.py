@@ -53,7 +53,7 @@ class Line:
     name: str
     batch_size: int
     clients: int
-    """How many clients a turn trains, the first or the second so many and so on: times are per client step."""
+    """How many clients a turn trains: turns go through all of them. Times are per client step."""
     train: Train
     shapes: bool = True
     """Whether its batches differ in shape."""
@@ -100,7 +100,7 @@ def our_line(
     batch_size: int,
     dtype: torch.dtype,
 ) -> Train:
-    """Trainer.fit."""
+    """Trainer.fit on the clients of a call, in one cohort."""
     settings = Settings(lr=LR, batch_size=batch_size, clip=None)
     model = copy.deepcopy(model)
     state: State = lora.init(sites, RANK, lora.generator(0, "benchmark"))
@@ -149,7 +149,7 @@ def lines(clients: int, rows: int) -> list[Line]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rows and turns: a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer rows and turns: some minutes")
     parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own choice)")
     parser.add_argument("--only", default="", help="only the lines that contain one of these texts, parted by |")
     parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread: for a busy machine")
