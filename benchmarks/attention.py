@@ -36,7 +36,7 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             for L in (16, 32, 64, 128, 256, 512):
                 shape = (2048 // L, 12, L, 32)
-                q, k, v = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(3))
+                qkv = torch.randn(3, *shape).to(dtype).requires_grad_()
                 grad = torch.randn(shape).to(dtype)
                 allowed = torch.ones(L, L, dtype=torch.bool).tril() if causal else torch.rand(shape[0], 1, 1, L) > 0.1
                 allowed[..., 0] = True
@@ -44,14 +44,14 @@ def main() -> None:
                 if not causal:
                     added = added.repeat_interleave(12, 0).squeeze(2)
 
-                def eager(q: Tensor = q, k: Tensor = k, v: Tensor = v, m: Tensor = added, g: Tensor = grad) -> None:
-                    out = plain(*(x.flatten(0, 2) for x in (q, k, v)), m, q.shape[-1] ** -0.5)
-                    torch.autograd.grad(out, (q, k, v), g.flatten(0, 2))
+                def eager(qkv: Tensor = qkv, m: Tensor = added, g: Tensor = grad) -> None:
+                    out = plain(qkv.flatten(1, 3), m, qkv.shape[-1] ** -0.5)
+                    torch.autograd.grad(out, qkv, g.flatten(0, 2))
 
-                def sdpa(q: Tensor = q, k: Tensor = k, v: Tensor = v, m: Tensor = allowed, g: Tensor = grad) -> None:
+                def sdpa(qkv: Tensor = qkv, m: Tensor = allowed, g: Tensor = grad) -> None:
                     mask, is_causal = (None, True) if m.dim() == 2 else (m, False)
-                    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
-                    torch.autograd.grad(out, (q, k, v), g)
+                    out = F.scaled_dot_product_attention(*qkv.unbind(0), mask, is_causal=is_causal)
+                    torch.autograd.grad(out, qkv, g)
 
                 name = str(dtype).removeprefix("torch.")
                 print(f"{'causal' if causal else 'padding':8}{name:10}{L:>7}{best(eager):>8.1f}{best(sdpa):>8.1f}")

@@ -33,7 +33,7 @@ def test_it_is_softmax_attention_with_its_gradient(case: str) -> None:
     mask, scale = masks()[case], 0.3
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        made: Tensor = plain(q, k, v, mask, scale)
+        made: Tensor = plain(torch.stack((q, k, v)), mask, scale)
         return made
 
     q, k, v = inputs(torch.float64)
@@ -48,10 +48,10 @@ def test_the_mask_says_in_what_dtype_it_computes(case: str) -> None:
     low = inputs(torch.bfloat16)
     exact = [x.detach().double().requires_grad_() for x in low]
     g = torch.randn(low[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    wanted = plain(*exact, mask, 0.3)
+    wanted = plain(torch.stack(exact), mask, 0.3)
     wanted = [wanted, *torch.autograd.grad(wanted, exact, g.double())]
     for dtype, error in ((torch.float32, 2.0**-8), (torch.bfloat16, 2.0**-6)):
-        made = plain(*low, mask.to(dtype), 0.3)
+        made = plain(torch.stack(low), mask.to(dtype), 0.3)
         made = [made, *torch.autograd.grad(made, low, g)]
         for x, y in zip(made, wanted, strict=True):
             assert x.dtype == torch.bfloat16

@@ -1,172 +1,47 @@
-"""LoRA and head layers that hold K clients at once over one frozen layer. Hu et al., "LoRA", arXiv 2106.09685.
-
-            x (K * b, L, in), the rows of client 0, then those of client 1, ...
-            │                                       or all their tokens, (1, N, in)
-            ├──────────── W, bias (frozen, read once for all clients) ───────────► + ──► y (K * b, L, out)
-            ├──────────── right (q, in) ──► left (out, q)   (shared offset) ─────► +
-            └─ dropout ── A (K, r, in) ──► * scale (K, 1, 1) ──► B (K, out, r) ──► +
-
-One client is K = 1: there is no other path.
-"""
+"""LoRA and head layers that hold K clients at once over one frozen layer, and putting them into a model and taking them out."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.core import Sites
 from fedloom.errors import ModelError, nearest
-
-Offset = tuple[Tensor, Tensor | None]
-"""left (out, q) and right (q, in), or a dense (out, in) and None: what is added to a frozen weight."""
+from fedloom.train.product import Delta, Frozen, Offset, Segments, product
 
 Dropout = Callable[[str, Tensor], Tensor]
 """(site, x) -> what multiplies the adapter's input x: 0 where it is dropped."""
 
+_SIBLINGS = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of layers that a model calls on one and the same input, in this order."""
+
 
 @dataclass
-class Segments:
-    """Where the tokens of each of K clients are among N tokens that have no padding: T is the most tokens of a client."""
+class Step:
+    """What holds for every layer while one batch goes through."""
 
-    spread: Tensor
-    """(K * T,) int64: index into the N tokens, any where a client has fewer than T."""
-    padding: Tensor
-    """(P,) int64: index into K * T of those places."""
-    collect: Tensor
-    """(N,) int64: index into K * T of each token, any of an idle one."""
-    _last: tuple[weakref.ref[Tensor], Tensor] | None = None
-    """The last input and its rows. A strong reference would close a cycle through autograd's graph, which holds this
-    object, and keep every step's graph for ever."""
-
-    def to(self, device: torch.device) -> Segments:
-        """The same places on a device."""
-        return Segments(self.spread.to(device), self.padding.to(device), self.collect.to(device))
-
-    def rows(self, x: Tensor, K: int) -> Tensor:
-        """(1, N, d) -> (K, T, d) with zeros for padding. Layers with one input, such as query and value, share the copy."""
-        if self._last is None or self._last[0]() is not x:
-            rows = x.flatten(0, -2).index_select(0, self.spread).index_fill_(0, self.padding, 0.0)
-            self._last = (weakref.ref(x), rows.view(K, -1, x.shape[-1]))
-        return self._last[1]
-
-    def any_rows(self, x: Tensor, K: int) -> Tensor:
-        """(1, N, d) -> (K, T, d) with anything for padding."""
-        return x.flatten(0, -2).index_select(0, self.spread).view(K, -1, x.shape[-1])
-
-    def tokens(self, rows: Tensor) -> Tensor:
-        """(K, T, d) -> (1, N, d)."""
-        return rows.reshape(-1, rows.shape[-1]).index_select(0, self.collect).unsqueeze(0)
-
-
-class Delta(NamedTuple):
-    """What K clients add to one frozen layer."""
-
-    A: Tensor  # (K, r, in)
-    B: Tensor  # (K, out, r)
-    scale: Tensor  # (K, 1, 1)
-
-
-class Frozen(NamedTuple):
-    """What no client trains of one layer."""
-
-    weight: Tensor  # (out, in)
-    bias: Tensor | None  # (out,)
-    offset: Offset | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        y = F.linear(x, self.weight, self.bias)
-        if self.offset is not None:
-            left, right = self.offset
-            y = y + (x if right is None else x @ right.T) @ left.T
-        return y
-
-    def back(self, grad: Tensor) -> Tensor:
-        """The gradient (..., out) of the result -> that of x (..., in)."""
-        dx = grad @ self.weight
-        if self.offset is not None:
-            left, right = self.offset
-            dx += grad @ left if right is None else (grad @ left) @ right
-        return dx
-
-
-class _Adapted(torch.autograd.Function):
-    """frozen(x) + scale * B A x, each client on its rows.
-
-    Written out rather than left to autograd, whose gradient of a gather is a scatter; so that the small products are laid out
-    as (r, rows), on a CPU up to four times as fast as (rows, r); and so that gradients of x are added up in place.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        scale: Tensor,
-        frozen: Frozen,
-        kept: Tensor | None,
-        segments: Segments | None,
-    ) -> Tensor:
-        K, m = len(A), B.shape[1]
-        y = frozen(x)
-        z = x if kept is None else x * kept
-        rows = segments.rows(z, K) if segments is not None else z.reshape(K, -1, z.shape[-1])
-        h = torch.bmm(A, rows.transpose(1, 2)).mul_(scale)  # (K, r, T)
-        ctx.save_for_backward(rows, A, B, h, kept)
-        ctx.scale, ctx.frozen, ctx.segments, ctx.shape = scale, frozen, segments, x.shape
-        if segments is not None:
-            return y.add_(segments.tokens(torch.bmm(h.transpose(1, 2), B.transpose(1, 2))))
-        y.view(K, -1, m).baddbmm_(h.transpose(1, 2), B.transpose(1, 2))
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, A, B, h, kept = ctx.saved_tensors
-        segments: Segments | None = ctx.segments
-        (grad,), (need_x, need_A, need_B, *_), K = grads, ctx.needs_input_grad, len(A)
-        # Padding has h = 0 and rows = 0, so whatever gradient is gathered there goes nowhere.
-        g = grad.reshape(K, -1, B.shape[1]) if segments is None else segments.any_rows(grad, K)
-        dx = dA = dB = None
-        if need_B:
-            dB = torch.bmm(h, g).transpose(1, 2)
-        if need_x or need_A:
-            dh = torch.bmm(B.transpose(1, 2), g.transpose(1, 2)).mul_(ctx.scale)  # (K, r, T)
-            dA = torch.bmm(dh, rows) if need_A else None
-        if need_x:
-            dx = ctx.frozen.back(grad)
-            if segments is None and kept is None:
-                dx.view(K, -1, A.shape[2]).baddbmm_(dh.transpose(1, 2), A)
-            else:
-                dz = torch.bmm(dh.transpose(1, 2), A)
-                dz = dz.view(ctx.shape) if segments is None else segments.tokens(dz)
-                dx += dz if kept is None else dz * kept
-        return dx, dA, dB, None, None, None, None
-
-
-_adapted: Any = _Adapted.apply  # torch leaves `apply` untyped
+    dropout: Dropout | None = None
+    segments: Segments | None = None
+    """For inputs without padding, of shape (1, N, in); None where clients have equally many tokens."""
 
 
 class LoRALinear(nn.Module):
     """One frozen layer and the adapters of K clients beside it: base(x) + offset(x) + scale B A x, each client on its rows."""
 
-    def __init__(self, site: str, base: nn.Module) -> None:
+    def __init__(self, site: str, base: nn.Module, step: Step | None = None) -> None:
         super().__init__()
         self.site = site
         self.base = base
         self.out_features, self.in_features = shape_of(base)
         self.offset: Offset | None = None
         self.delta: Delta | None = None
-        self.dropout: Dropout | None = None
-        self.segments: Segments | None = None
-        """For inputs without padding, of shape (1, N, in); None where clients have equally many tokens."""
+        self.step = Step() if step is None else step
+        self.siblings: Siblings | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -175,18 +50,63 @@ class LoRALinear(nn.Module):
         assert isinstance(weight, Tensor)
         return weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (K * b, ..., in) -> (K * b, ..., out), or (1, N, in) -> (1, N, out) with `segments`."""
-        weight, bias = self.weight, self.base.bias
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias (out,)."""
+        bias = self.base.bias
         assert bias is None or isinstance(bias, Tensor)
-        frozen = Frozen(weight.T if isinstance(self.base, Conv1D) else weight, bias, self.offset)
-        if self.delta is None:
-            return frozen(x)
-        kept = None if self.dropout is None else self.dropout(self.site, x)
-        # Inputs of K blocks or more have equally many rows per client; only all tokens in one block may not.
-        segments = self.segments if x.shape[0] < len(self.delta.A) else None
-        y: Tensor = _adapted(x, *self.delta, frozen, kept, segments)
-        return y
+        return bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (K * b, ..., in) -> (K * b, ..., out), or (1, N, in) -> (1, N, out) with the step's segments."""
+        if self.siblings is not None and self.step.dropout is None:
+            return self.siblings(self, x)
+        weight = self.weight.T if isinstance(self.base, Conv1D) else self.weight
+        frozen = Frozen(weight, self.bias, [self.out_features], [self.offset])
+        dropout = self.step.dropout if self.delta is not None else None
+        kept = None if dropout is None else dropout(self.site, x)
+        return product(x, frozen, [self.delta], kept, self.step.segments)[0]
+
+
+class Siblings:
+    """Layers with the same input, such as query, key and value: computed together when the model calls the first of them.
+
+    With dropout each computes alone, as each drops entries of its own.
+    """
+
+    def __init__(self, layers: Sequence[LoRALinear]) -> None:
+        self._layers = layers
+        self._outs = [layer.out_features for layer in layers]
+        self._x: weakref.ref[Tensor] | None = None
+        # Each result leaves with the layer that is asked for it: kept, it would hold on to its step's graph.
+        self._made: dict[LoRALinear, Tensor] = {}
+        for layer in layers:
+            layer.siblings = self
+        self.join()
+
+    def join(self) -> None:
+        """Make one weight of theirs, of which their own become views: to be called again when these were replaced."""
+        self._weight = torch.cat([layer.weight.data for layer in self._layers])
+        biases = [layer.bias.data for layer in self._layers if layer.bias is not None]
+        self._bias = torch.cat(biases) if biases else None
+        for layer, weight in zip(self._layers, torch.split_with_sizes(self._weight, self._outs), strict=True):
+            layer.weight.data = weight
+
+    def part(self) -> None:
+        """Give each layer a weight of its own again."""
+        self._made.clear()
+        for layer in self._layers:
+            layer.siblings = None
+            layer.weight.data = layer.weight.data.clone()
+
+    def __call__(self, layer: LoRALinear, x: Tensor) -> Tensor:
+        """The layer's result."""
+        if layer not in self._made or self._x is None or self._x() is not x:
+            frozen = Frozen(self._weight, self._bias, self._outs, [other.offset for other in self._layers])
+            made = product(x, frozen, [other.delta for other in self._layers], None, layer.step.segments)
+            self._made = dict(zip(self._layers, made, strict=True))
+            self._x = weakref.ref(x)
+        return self._made.pop(layer)
 
 
 class HeadLinear(nn.Module):
@@ -235,18 +155,30 @@ class Adapted:
 
     model: nn.Module
     sites: dict[str, LoRALinear]
+    beside: dict[str, LoRALinear]
+    """Layers without an adapter that are computed together with one that has."""
     heads: dict[str, HeadLinear]
+    siblings: Sequence[Siblings]
+    step: Step
+
+    def join(self) -> None:
+        """To be called when frozen weights were replaced."""
+        for siblings in self.siblings:
+            siblings.join()
 
     def clear(self) -> None:
         """Take off every adapter, offset and head: the model is the original function again."""
+        self.step.dropout = self.step.segments = None
         for site in self.sites.values():
-            site.delta = site.offset = site.dropout = site.segments = None
+            site.delta = site.offset = None
         for head in self.heads.values():
             head.full = None
 
     def eject(self) -> None:
         """Put the original modules back."""
-        for layers in (self.sites, self.heads):
+        for siblings in self.siblings:
+            siblings.part()
+        for layers in (self.sites, self.beside, self.heads):
             for name, layer in layers.items():
                 _replace(self.model, name, layer, layer.base)
 
@@ -274,16 +206,31 @@ def inject(model: nn.Module, sites: Iterable[str], heads: Iterable[str] = ()) ->
         if not inside:
             raise ModelError(f"the model has no linear head {name!r}{nearest(name, modules)}")
         tops += inside
-    adapted = Adapted(
-        model,
-        {name: LoRALinear(name, base) for name, base in found},
-        {name: HeadLinear(name, base) for name, base in tops},
-    )
-    for name, layer in adapted.sites.items():
-        _replace(model, name, layer.base, layer)
-    for name, head in adapted.heads.items():
-        _replace(model, name, head.base, head)
+    step = Step()
+    together = _together(modules, [name for name, _ in found])
+    layers = {name: LoRALinear(name, base, step) for name, base in found}
+    beside = {name: LoRALinear(name, modules[name], step) for names in together for name in names if name not in layers}
+    every = layers | beside
+    siblings = [Siblings([every[name] for name in names]) for names in together]
+    adapted = Adapted(model, layers, beside, {name: HeadLinear(name, base) for name, base in tops}, siblings, step)
+    for group in (layers, beside, adapted.heads):
+        for name, layer in group.items():
+            _replace(model, name, layer.base, layer)
     return adapted
+
+
+def _together(modules: Mapping[str, nn.Module], sites: Sequence[str]) -> list[list[str]]:
+    """Names of layers with the same input of which one at least is among the sites."""
+    found = []
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in sites):
+        for names in _SIBLINGS:
+            paths = [f"{parent}.{name}".lstrip(".") for name in names]
+            layers = [modules.get(path) for path in paths]
+            linear = [layer for layer in layers if type(layer) is nn.Linear]  # others may not be W x + b
+            alike = {(layer.in_features, layer.bias is None, layer.weight.dtype) for layer in linear}
+            if len(linear) == len(names) and len(alike) == 1 and any(path in sites for path in paths):
+                found.append(paths)
+    return found
 
 
 def sites_of(model: nn.Module, names: Iterable[str]) -> Sites:

@@ -42,7 +42,7 @@ def choose(device: torch.device, dtype: torch.dtype, length: int) -> AttentionNa
 
 
 class _Spread(torch.autograd.Function):
-    """Query (1, heads, N, d), key and value (1, heads / shared, N, d) -> of each, the vectors (M, d) of each bucket's
+    """Query (1, heads, N, d), key and value (1, heads / shared, N, d) -> (3, M, d): of each the vectors of every bucket's
     (R, heads, L'), end to end.
 
     Padding holds some vector of its row, so its gradient must be zero. With `_Collect`, each the other's gradient and both
@@ -50,28 +50,23 @@ class _Spread(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, packing: Packing, *each: Tensor) -> tuple[Tensor, ...]:
-        heads, d = each[0].shape[1], each[0].shape[-1]
-        ctx.packing, ctx.heads, ctx.shared = packing, heads, [heads // x.shape[1] for x in each]
-        return tuple(
-            x.transpose(1, 2).reshape(-1, d).index_select(0, packing.spread_index(heads, shared))
-            for x, shared in zip(each, ctx.shared, strict=True)
-        )
+    def forward(ctx: Any, packing: Packing, *each: Tensor) -> Tensor:
+        heads, d = each[0].shape[1], each[0].shape[3]
+        ctx.packing, ctx.heads, ctx.shared = packing, heads, heads // each[1].shape[1]
+        vectors = torch.cat([x.transpose(1, 2).reshape(-1, d) for x in each])
+        return vectors.index_select(0, packing.spread_index(heads, ctx.shared)).view(3, -1, d)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         packing: Packing = ctx.packing
-        N, index = packing.input_ids.shape[1], packing.collect_index(ctx.heads)
-        found = []
-        for grad, shared in zip(grads, ctx.shared, strict=True):
-            back = grad.index_select(0, index)
-            if shared > 1:
-                back = back.view(-1, shared, back.shape[-1]).sum(1)
-            back = back.view(1, N, ctx.heads // shared, -1)
-            if packing.idle:
-                back[:, -packing.idle :].zero_()
-            found.append(back.transpose(1, 2))
-        return None, *found
+        d, index = grads[0].shape[2], packing.collect_index(ctx.heads, 3)
+        back = grads[0].reshape(-1, d).index_select(0, index).view(3, 1, -1, ctx.heads, d)
+        if packing.idle:
+            back[:, :, -packing.idle :].zero_()
+        q, k, v = back.transpose(2, 3).unbind(0)
+        if ctx.shared > 1:
+            k, v = (x.view(1, -1, ctx.shared, x.shape[2], d).sum(2) for x in (k, v))
+        return None, q, k, v
 
 
 class _Collect(torch.autograd.Function):
@@ -80,45 +75,50 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, packing: Packing, heads: int) -> Tensor:
         ctx.packing, ctx.heads = packing, heads
-        return vectors.index_select(0, packing.collect_index(heads)).view(1, -1, heads, vectors.shape[1])
+        return vectors.index_select(0, packing.collect_index(heads, 1)).view(1, -1, heads, vectors.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        vectors = grads[0].reshape(-1, grads[0].shape[-1]).index_select(0, ctx.packing.spread_index(ctx.heads, 1))
+        vectors = grads[0].reshape(-1, grads[0].shape[-1]).index_select(0, ctx.packing.row_index(ctx.heads, 1))
         return vectors.index_fill_(0, ctx.packing.padding_index(ctx.heads), 0.0), None, None
 
 
 class _Plain(torch.autograd.Function):
     """softmax(scale * Q K^T + mask) V = P V in the mask's dtype, written out: autograd takes twice as many steps for the same.
 
-    Q, K and V are (R * heads * L', d), as is the result, which has no meaning at padding; the mask is (R * heads, 1, L'), or
-    (L', L') if causal.
+    Q, K and V are one (3, R * heads * L', d); the result is (R * heads * L', d) and has no meaning at padding; the mask is
+    (R * heads, 1, L'), or (L', L') if causal.
 
     With g the result's gradient and D the sum over d of g * (P V), that of V is P^T g and that of the scores
     P * (g V^T - D): Dao et al., "FlashAttention", arXiv 2205.14135, appendix B.2.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-        dtype, L, d = mask.dtype, mask.shape[-1], q.shape[-1]
-        rows, keys, values = (x.view(-1, L, d).to(dtype) for x in (q, k, v))
-        scores = torch.baddbmm(mask, rows, keys.transpose(1, 2), alpha=scale)
+    def forward(ctx: Any, qkv: Tensor, mask: Tensor, scale: float) -> Tensor:
+        dtype, L, d = mask.dtype, mask.shape[-1], qkv.shape[2]
+        each = qkv.view(3, -1, L, d).to(dtype)
+        q, k, v = each.unbind(0)
+        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
         # A softmax adds up in float32 whatever its dtype; of rows that fill no vector of bfloat16 (32 numbers) it is slow.
         wide = torch.float32 if dtype == torch.bfloat16 and L % 32 else dtype
         p = scores.softmax(-1, dtype=wide).to(dtype)
-        made = torch.bmm(p, values)
-        ctx.save_for_backward(rows, keys, values, p, made)
+        made = torch.bmm(p, v)
+        ctx.save_for_backward(each, p, made)
         ctx.scale = scale
-        return made.view(-1, d).to(q.dtype)
+        return made.view(-1, d).to(qkv.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, p, made = ctx.saved_tensors
-        g = grads[0].view(v.shape).to(v.dtype)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        each, p, made = ctx.saved_tensors
+        q, k, v = each.unbind(0)
+        g = grads[0].reshape(v.shape).to(v.dtype)
         D = (g * made).sum(-1, keepdim=True)
         ds = torch.baddbmm(D, g, v.transpose(1, 2), beta=-ctx.scale, alpha=ctx.scale).mul_(p)
-        found = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q), torch.bmm(p.transpose(1, 2), g)
-        return *(x.view(grads[0].shape).to(grads[0].dtype) for x in found), None, None
+        found = torch.empty_like(each)
+        torch.bmm(ds, k, out=found[0])
+        torch.bmm(ds.transpose(1, 2), q, out=found[1])
+        torch.bmm(p.transpose(1, 2), g, out=found[2])
+        return found.view(3, -1, v.shape[2]).to(grads[0].dtype), None, None
 
 
 _spread: Any = _Spread.apply  # torch leaves `apply` untyped
@@ -141,19 +141,20 @@ def attend(
     assert packing is not None, "this attention is for packed batches"
     _, heads, _, d = query.shape
     scale = d**-0.5 if scaling is None else scaling
-    sizes = [x.spread.numel() * heads for x in packing.buckets]
-    parts = [torch.split(x, sizes) if len(sizes) > 1 else [x] for x in _spread(packing, query, key, value)]
+    spread = _spread(packing, query, key, value)
+    sizes = [bucket.spread.numel() * heads for bucket in packing.buckets]
+    parts = torch.split_with_sizes(spread, sizes, 1) if len(sizes) > 1 else [spread]
     made = []
-    for i, bucket in enumerate(packing.buckets):
+    for i, (part, bucket) in enumerate(zip(parts, packing.buckets, strict=True)):
         L = bucket.spread.shape[1]
         if choose(query.device, query.dtype, L) == "sdpa":
-            q, k, v = (x[i].view(-1, heads, L, d) for x in parts)
+            q, k, v = part.view(3, -1, heads, L, d).unbind(0)
             mask = None if packing.causal else bucket.valid[:, None, None, :]
-            rows = F.scaled_dot_product_attention(q, k, v, mask, is_causal=packing.causal, scale=scale)
+            rows = F.scaled_dot_product_attention(q, k, v, mask, is_causal=packing.causal, scale=scale).reshape(-1, d)
         else:
-            dtype = torch.float32 if _few(query.dtype, bucket.spread.numel() * heads * L) else query.dtype
-            rows = plain(*(x[i] for x in parts), packing.mask(i, heads, dtype), scale)
-        made.append(rows.reshape(-1, d))
+            dtype = torch.float32 if _few(query.dtype, sizes[i] * L) else query.dtype
+            rows = plain(part, packing.mask(i, heads, dtype), scale)
+        made.append(rows)
     return _collect(made[0] if len(made) == 1 else torch.cat(made), packing, heads), None
 
 

@@ -17,9 +17,10 @@ from fedloom.core import Group
 from fedloom.data.text import Batch, Encoded, Kind
 from fedloom.errors import ModelError
 from fedloom.train import packing
-from fedloom.train.adapter import Delta, Dropout, Offset, inject
+from fedloom.train.adapter import Dropout, inject
 from fedloom.train.attention import PACKED, AttentionName, choose
 from fedloom.train.loss import answer_positions
+from fedloom.train.product import Delta, Offset
 
 
 class Host:
@@ -87,6 +88,7 @@ class Host:
                 # Parameters only: buffers such as rotary frequencies keep the precision that the model gave them.
                 if parameter.is_floating_point():
                     parameter.data = parameter.data.to(compute)
+            self._adapted.join()
         kind = data[0].kind
         if kind not in self._readers:
             self._readers[kind] = packing.readers(self.model, kind)
@@ -110,9 +112,9 @@ class Host:
 
         A head is named by parameter, such as `classifier.weight`. A site or head that is absent stays the model's own.
         """
+        self._adapted.step.dropout = dropout
         for site, layer in self._adapted.sites.items():
             layer.delta = Delta(A[site], B[site], scale) if site in A else None
-            layer.dropout = dropout
         for site, full in self._adapted.heads.items():
             weight = head.get(f"{site}.weight")
             full.full = None if weight is None else (weight, head.get(f"{site}.bias"))
@@ -146,8 +148,7 @@ class Host:
             few_shapes = packing.compiles(self.device, self._cast_to)
             packed = packing.pack_batch(batch, kind == "causal-lm", few_shapes).to(self.device)
             self._clients = batch.K
-            for layer in self._adapted.sites.values():
-                layer.segments = packed.segments
+            self._adapted.step.segments = packed.segments
             self._read = packed.slots[:, 0] if read is None else packed.slots.flatten()[read.to(self.device)]
             arguments = {
                 "input_ids": packed.input_ids,

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedloom.data.text import Batch, Kind
-from fedloom.train.adapter import Segments
+from fedloom.train.product import Segments
 
 _ALIGN = 16
 
@@ -87,8 +87,8 @@ class Packing:
             _made={},
         )
 
-    def spread_index(self, heads: int, shared: int) -> Tensor:
-        """Index into (N * heads / shared) vectors that lays out, end to end, each bucket's (R, heads, L').
+    def row_index(self, heads: int, shared: int) -> Tensor:
+        """(M,) index into (N * heads / shared) vectors that lays out, end to end, each bucket's (R, heads, L').
 
         `shared` heads of queries read one of keys.
         """
@@ -99,15 +99,25 @@ class Packing:
             self._made[key] = torch.cat(parts)
         return self._made[key]
 
-    def collect_index(self, heads: int) -> Tensor:
-        """(N * heads,): the way back, index into the buckets' vectors."""
-        key = (heads, "collect")
+    def spread_index(self, heads: int, shared: int) -> Tensor:
+        """(3 * M,): the same for N * heads vectors of queries, N * heads / shared of keys and as many of values, end to end."""
+        key = (heads, shared, "spread")
         if key not in self._made:
-            source = self.spread_index(heads, 1)
+            queries, keys, N = self.row_index(heads, 1), self.row_index(heads, shared), self.input_ids.shape[1]
+            first = N * heads
+            self._made[key] = torch.cat([queries, keys + first, keys + first + first // shared])
+        return self._made[key]
+
+    def collect_index(self, heads: int, times: int) -> Tensor:
+        """(times * N * heads,): the way back, index into `times` times the buckets' M vectors."""
+        key = (heads, times, "collect")
+        if key not in self._made:
+            source = self.row_index(heads, 1)
             there = torch.nonzero(self._real(heads)).squeeze(1)
             # An idle token reads the first vector.
             back = torch.zeros(self.input_ids.shape[1] * heads, dtype=torch.int64, device=source.device)
-            self._made[key] = back.index_copy_(0, source[there], there)
+            back.index_copy_(0, source[there], there)
+            self._made[key] = torch.cat([back + i * len(source) for i in range(times)])
         return self._made[key]
 
     def padding_index(self, heads: int) -> Tensor:
