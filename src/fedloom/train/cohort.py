@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.core import Client, Group, Method, State, Work
-from fedloom.data.text import Batch, Encoded, collate
+from fedloom.data.text import Encoded, collate
 from fedloom.train.dropout import InputDropout
 from fedloom.train.host import Host
 from fedloom.train.loss import client_losses
@@ -80,7 +80,7 @@ def run(
             for m in active
         ]
         optimiser.step(grad, torch.tensor(rates, dtype=dtype, device=host.device).unsqueeze(1))
-        record.add(losses.detach(), norms, batch)
+        record.add(losses.detach(), norms)
     trained = layout.states(layout.views(flat.cpu()), len(members))
     # Clones: a slice of the stack would keep the whole stack alive.
     own_copies: list[State] = [
@@ -94,22 +94,18 @@ class Record:
 
     def __init__(self, members: Sequence[Member], flat: Tensor) -> None:
         self._members = members
-        self._loss = torch.zeros(3, len(members), dtype=torch.float64, device=flat.device)  # sum, maximum, norm
-        self._loss[1] = -torch.inf
-        self._tokens = torch.zeros(len(members), dtype=torch.float64)
+        self._loss = torch.zeros(len(members), dtype=torch.float64, device=flat.device)
+        self._largest = torch.full((2, len(members)), -torch.inf, dtype=torch.float64, device=flat.device)
 
-    def add(self, losses: Tensor, norms: Tensor, batch: Batch) -> None:
-        """losses (K,), norms (K,) of the gradients, the batch on the CPU."""
-        K = len(losses)
-        self._loss[0, :K] += losses
-        self._loss[1, :K] = torch.maximum(self._loss[1, :K], losses.double())
-        self._loss[2, :K] = torch.maximum(self._loss[2, :K], norms.double())
-        real = batch.attention_mask.sum(1) * batch.weight
-        self._tokens[:K] += real.view(batch.K, batch.b).sum(1)
+    def add(self, losses: Tensor, norms: Tensor) -> None:
+        """losses (K,), norms (K,) of the gradients."""
+        largest = self._largest[:, : len(losses)]
+        torch.maximum(largest, torch.stack((losses, norms)).double(), out=largest)
+        self._loss[: len(losses)] += losses
 
     def metrics(self) -> list[dict[str, float]]:
         """One dictionary per client: loss (mean over the steps), loss_max, grad_norm_max, steps, samples, tokens."""
-        sums, largest, norms = self._loss.tolist()
+        sums, (largest, norms) = self._loss.tolist(), self._largest.tolist()
         return [
             {
                 "loss": sums[k] / len(m.plan),
@@ -117,7 +113,7 @@ class Record:
                 "grad_norm_max": norms[k],
                 "steps": float(len(m.plan)),
                 "samples": float(sum(map(len, m.plan))),
-                "tokens": float(self._tokens[k]),
+                "tokens": float(m.data.lengths_of(np.concatenate(m.plan)).sum()),
             }
             for k, m in enumerate(self._members)
         ]
