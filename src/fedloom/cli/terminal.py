@@ -71,12 +71,14 @@ class Terminal(Observer):
             f"[bold]{method.name}[/] on {c.task.data}: {len(parts.clients)} clients, "
             f"{len(parts.train_rows)} training rows, {len(parts.eval_rows)} held out",
             highlight=False,
+            soft_wrap=self.live is None,  # a line of a log is one line
         )
         self.console.print(
             f"{c.model.name} ({parts.base.family}, {str(parts.dtype).removeprefix('torch.')} on {parts.device}), "
             f"rank {method.rank} on {len(parts.sites)} layers: {trained:,} adapter parameters"
             + (f" and {head:,} of the head" if head else ""),
             highlight=False,
+            soft_wrap=self.live is None,
         )
         self.metrics = ["loss", *(name for name in parts.tables.metrics if name != "loss")]
         names = ["round", *(f"held-out {name}" for name in self.metrics), "training loss", "up", "down", "seconds"]
@@ -106,4 +108,5 @@ class Terminal(Observer):
                 soft_wrap=True,
             )
         for client, why in record["dropped"].items():
-            self.console.print(f"round {label}: client {client} dropped: {why}", style="yellow", highlight=False)
+            told = f"round {label}: client {client} dropped: {why}"
+            self.console.print(told, style="yellow", highlight=False, soft_wrap=self.live is None)

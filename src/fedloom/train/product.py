@@ -123,12 +123,12 @@ class _Product(torch.autograd.Function):
             n, _, out, r = lot.shape
             B = torch.cat(Bs[lot.first : lot.first + n]) if n > 1 else Bs[lot.first]
             own = own.view(K, n, r, -1).transpose(0, 1).reshape(n * K, r, -1)
-            y = torch.stack([ys[i] for i in lot.places]).view(n, -1, out)
+            y = torch.stack([ys[i] for i in lot.places]) if n > 1 else ys[lot.places[0]].contiguous()
             if segments is None:
                 y.view(n * K, -1, out).baddbmm_(own.transpose(1, 2), B.transpose(1, 2))
             else:
-                y += segments.tokens(torch.bmm(own.transpose(1, 2), B.transpose(1, 2)).view(n, -1, out))
-            for i, made in zip(lot.places, y.view(n, *x.shape[:-1], out).unbind(0), strict=True):
+                y += segments.tokens(torch.bmm(own.transpose(1, 2), B.transpose(1, 2)).view(n, -1, out)).view(y.shape)
+            for i, made in zip(lot.places, y.unbind(0) if n > 1 else [y], strict=True):
                 ys[i] = made
             saved += [B, own]
         ctx.save_for_backward(kept, *saved)
