@@ -11,12 +11,17 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+# oneDNN keeps the last 1,024 kernels that it compiled. One line alone needs up to 500, all in one process more than there are:
+# with the default, every line would compile again what the others pushed out, which no run does.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
 import numpy as np
 import torch
