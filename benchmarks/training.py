@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# oneDNN keeps the last 1,024 kernels that it compiled. One line alone needs up to 500, all in one process more than there are:
-# with the default, every line would compile again what the others pushed out, which no run does.
+# oneDNN keeps the last 1,024 kernels that it compiled. One client's line makes 447, all lines together more than 1,300: with
+# the default they would compile again what others pushed out, which no run does.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
 import numpy as np
