@@ -34,7 +34,7 @@ def test_the_quickstart_learns(need: Need, tmp_path: Path) -> None:
     need("trec")
     result = fedloom.run(fedloom.load_config(QUICKSTART, ["train.rounds=4"]), tmp_path / "run")
     first, last = result.rounds[0]["eval"]["accuracy"], result.eval["accuracy"]
-    # This seed gave 0.883 after four rounds, three seeds 0.868 to 0.900 after six; the commonest class is 0.24 of the rows.
+    # This seed gave 0.885 after four rounds, three seeds 0.865 to 0.900 after six; the commonest class is 0.24 of the rows.
     assert first < 0.35 and last > 0.65
     # Ranks 2, 4, 8, 8 of 18 layers of 384 + 384, four bytes each; a seed of eight bytes a client.
     sent = result.rounds[1]["bytes_up"]

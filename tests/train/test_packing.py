@@ -112,7 +112,7 @@ def test_every_token_has_one_slot() -> None:
     rows = torch.cat([batch.input_ids[4 * k : 4 * k + len(d)] for k, d in enumerate(data)])
     assert torch.equal(there[bucket.valid], rows[bucket.valid])
     for heads in (1, 3):
-        spread, collect = packing.row_index(heads, 1), packing.collect_index(heads, 1)
+        spread, collect = packing.row_index(heads, 1), packing.collect_index(heads)
         assert torch.equal(spread[collect], torch.arange(79 * heads))
         assert sorted([*collect.tolist(), *packing.padding_index(heads).tolist()]) == list(range(8 * 16 * heads))
     assert packing.segments is not None
@@ -137,7 +137,7 @@ def test_sizes_are_few_where_every_one_is_compiled() -> None:
         assert torch.equal(few.input_ids[:, :N], exact.input_ids)
         assert few.segments.collect.shape == (N + few.idle,)
         for heads in (1, 3):
-            spread, collect = few.row_index(heads, 1), few.collect_index(heads, 1)
+            spread, collect = few.row_index(heads, 1), few.collect_index(heads)
             assert torch.equal(spread[collect][: N * heads], torch.arange(N * heads))
             padding = len(spread) - N * heads  # every place but those of the tokens
             assert len(few.padding_index(heads)) == padding

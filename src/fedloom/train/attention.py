@@ -59,7 +59,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         packing: Packing = ctx.packing
-        d, index = grads[0].shape[2], packing.collect_index(ctx.heads, 3)
+        d, index = grads[0].shape[2], packing.back_index(ctx.heads)
         back = grads[0].reshape(-1, d).index_select(0, index).view(3, 1, -1, ctx.heads, d)
         if packing.idle:
             back[:, :, -packing.idle :].zero_()
@@ -75,7 +75,7 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, packing: Packing, heads: int) -> Tensor:
         ctx.packing, ctx.heads = packing, heads
-        return vectors.index_select(0, packing.collect_index(heads, 1)).view(1, -1, heads, vectors.shape[1])
+        return vectors.index_select(0, packing.collect_index(heads)).view(1, -1, heads, vectors.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

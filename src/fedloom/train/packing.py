@@ -108,16 +108,23 @@ class Packing:
             self._made[key] = torch.cat([queries, keys + first, keys + first + first // shared])
         return self._made[key]
 
-    def collect_index(self, heads: int, times: int) -> Tensor:
-        """(times * N * heads,): the way back, index into `times` times the buckets' M vectors."""
-        key = (heads, times, "collect")
+    def collect_index(self, heads: int) -> Tensor:
+        """(N * heads,): the way back from `row_index`, index into the buckets' M vectors."""
+        key = (heads, "collect")
         if key not in self._made:
             source = self.row_index(heads, 1)
             there = torch.nonzero(self._real(heads)).squeeze(1)
             # An idle token reads the first vector.
             back = torch.zeros(self.input_ids.shape[1] * heads, dtype=torch.int64, device=source.device)
-            back.index_copy_(0, source[there], there)
-            self._made[key] = torch.cat([back + i * len(source) for i in range(times)])
+            self._made[key] = back.index_copy_(0, source[there], there)
+        return self._made[key]
+
+    def back_index(self, heads: int) -> Tensor:
+        """(3 * N * heads,): the way back from `spread_index`, N * heads vectors each of queries, keys and values."""
+        key = (heads, "back")
+        if key not in self._made:
+            collect, M = self.collect_index(heads), len(self.row_index(heads, 1))
+            self._made[key] = torch.cat([collect, collect + M, collect + 2 * M])
         return self._made[key]
 
     def padding_index(self, heads: int) -> Tensor:

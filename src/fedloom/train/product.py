@@ -42,8 +42,7 @@ class Segments:
 
     def rows(self, x: Tensor, K: int) -> Tensor:
         """(1, N, d) -> (K, T, d) with zeros for padding."""
-        rows = x.flatten(0, -2).index_select(0, self.spread).index_fill_(0, self.padding, 0.0)
-        return rows.view(K, -1, x.shape[-1])
+        return self.any_rows(x).index_fill_(-2, self.padding, 0.0).view(K, -1, x.shape[-1])
 
     def any_rows(self, x: Tensor) -> Tensor:
         """(..., N, d) -> (..., K * T, d) with anything for padding."""
