@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from fedloom.core import State
 from fedloom.errors import RunError
+from fedloom.state import State
 
 FORMAT = 1
+
+_NAME = re.compile(r"(.+)-(\d{6,})\.safetensors")
+"""Of a file of a client's state: client, round."""
 
 
 def flatten(state: State) -> dict[str, Tensor]:
@@ -77,44 +81,81 @@ def write_json(path: Path, value: Any) -> None:
     write(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-class Kept:
+class ClientStates:
     """What clients keep between rounds: in memory, or one file a client in a folder so that thousands cost no memory.
 
-    A file is new at each round and named by it; it counts once a checkpoint names it.
+    What is staged counts once it is committed; a file is new at each round and named by it, and counts on disk once a
+    checkpoint names it.
     """
 
     def __init__(self, folder: Path | None = None, files: dict[str, str] | None = None) -> None:
-        self._folder = folder
+        self.folder = folder
         self.files = dict(files or {})
         """Client id -> file name."""
         self._memory: dict[str, State] = {}
+        self._staged_files: dict[str, str] = {}
+        self._staged: dict[str, State] = {}
+
+    @staticmethod
+    def before(folder: Path, t: int) -> ClientStates:
+        """What was kept last in a round before t: a server that was killed may ask for a round again. Writes nothing."""
+        newest: dict[str, tuple[int, str]] = {}
+        for path in folder.glob("*.safetensors"):
+            if (match := _NAME.fullmatch(path.name)) and int(match[2]) < t:
+                client, at = match[1], int(match[2])
+                newest[client] = max(newest.get(client, (-1, "")), (at, path.name))
+        return ClientStates(folder, {client: name for client, (_, name) in newest.items()})
 
     def get(self, client: str) -> State | None:
         """What the client kept, or None if it never did."""
-        if self._folder is None:
+        if self.folder is None:
             return self._memory.get(client)
         name = self.files.get(client)
-        return None if name is None else unflatten(_read_tensors(self._folder / name))
+        return None if name is None else unflatten(_read_tensors(self.folder / name))
 
-    def put(self, client: str, state: State, t: int) -> None:
-        """Keep a state for a client; an empty one is not stored."""
+    def stage(self, client: str, state: State, t: int) -> None:
+        """Keep a state for a client once round t is committed; an empty one is not stored."""
         if not state:
             return
-        if self._folder is None:
-            self._memory[client] = state
+        if self.folder is None:
+            self._staged[client] = state
             return
         name = f"{client}-{t:06d}.safetensors"
-        with disk_errors(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-        write(self._folder / name, save_tensors(flatten(state)))
-        self.files[client] = name
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        write(self.folder / name, save_tensors(flatten(state)))
+        self._staged_files[client] = name
+
+    def commit(self) -> None:
+        """What was staged counts from now on."""
+        self._memory |= self._staged
+        self.files |= self._staged_files
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget what was staged."""
+        self._staged, self._staged_files = {}, {}
+
+    def put(self, client: str, state: State, t: int) -> None:
+        """Stage and commit."""
+        self.stage(client, state, t)
+        self.commit()
+
+    def forget_others(self, clients: Iterable[str]) -> None:
+        """Remove files of these clients that are not the ones named here: of rounds that do not count, and bygone ones."""
+        if self.folder is None:
+            return
+        named, ours = set(self.files.values()), set(clients)
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in named and (match := _NAME.fullmatch(path.name)) and match[1] in ours:
+                path.unlink(missing_ok=True)
 
     def clients(self) -> list[str]:
         """Ids of the clients that keep something, sorted."""
-        return sorted(self._memory if self._folder is None else self.files)
+        return sorted(self._memory if self.folder is None else self.files)
 
 
-def save(folder: Path, t: int, state: State, kept: Kept, done: bool = False) -> None:
+def save(folder: Path, t: int, state: State, client_states: ClientStates, done: bool = False) -> None:
     """Write the checkpoint of round t; `done` once nothing is left to train."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,15 +168,15 @@ def save(folder: Path, t: int, state: State, kept: Kept, done: bool = False) -> 
         "done": done,
         "state": name,
         "sha256": hashlib.sha256(data).hexdigest(),
-        "kept": kept.files,
+        "kept": client_states.files,
     }
     write_json(folder / "latest.json", latest)
     with disk_errors(folder):
-        _sweep(folder, name, kept.files)
+        _sweep(folder, name, client_states.files)
 
 
-def load(folder: Path) -> tuple[int, State, Kept, bool]:
-    """(round, state, kept, done) of the newest complete checkpoint. Changes nothing: a run may be writing the next one.
+def load(folder: Path) -> tuple[int, State, ClientStates, bool]:
+    """(round, state, client states, done) of the newest complete checkpoint. Changes nothing: a run may write the next one.
 
     Raises RunError if there is none, it is damaged, or it was written by another version.
     """
@@ -163,7 +204,7 @@ def load(folder: Path) -> tuple[int, State, Kept, bool]:
             f"{folder / name} is damaged: sha256 is {digest[:12]}..., expected {want[:12]}...; "
             "restore it from a copy, or start the run again"
         )
-    return int(t), unflatten(load_tensors(data)), Kept(folder / "kept", files), bool(done)
+    return int(t), unflatten(load_tensors(data)), ClientStates(folder / "kept", files), bool(done)
 
 
 def _sweep(folder: Path, state: str, kept: dict[str, str]) -> None:

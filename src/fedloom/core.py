@@ -1,53 +1,72 @@
-"""The whole vocabulary of fedloom: states, clients, work, uploads, the interface of a method and of an engine.
+"""The vocabulary of fedloom: clients, work, exchanges, and the interface of a method.
 
-One decision carries the rest: **a method never trains. It says, as data, what one client is to train, and is handed the
-result.** So a method runs anywhere (data crosses processes), many clients train in one pass (data stacks), and a
-method is tested with random tensors.
+A method is two short coroutines that read like the paper's pseudo-code. **It never trains and never communicates: it awaits
+values that say what to train and what to exchange.** There is no event loop (nothing of asyncio): the loop and the engines
+drive the coroutines by `.send`, in any process, many in lock step, or in a test without a trainer.
 
-    broadcast (server) ── State ──► prepare (client) ─► Work ─► trainer ─► finish (client) ── State ──► aggregate (server)
+    server ── Mean | Each ──► loop ── received ──► client ── Work ──► trainer
+           ◄─ Averaged | uploads ──  ◄─ (sent, kept) ──    ◄─ Trained ──
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from fedloom.errors import ConfigError
+from fedloom.client import Client as Client
+from fedloom.client import Failure as Failure
+from fedloom.client import check_followed
+from fedloom.spec import Spec, like
+from fedloom.state import Group as Group
+from fedloom.state import Sites as Sites
+from fedloom.state import State as State
+from fedloom.state import only
 
-Group = dict[str, Tensor]
-"""Site -> tensor: all tensors of one role. A site is the name of an adapted layer."""
-
-State = dict[str, Group]
-"""Role -> group, such as `{"A": {...}, "B": {...}, "head": {...}}`. Roles are never searched for in names."""
-
-Sites = dict[str, tuple[int, int]]
-"""Adapted layer -> (out, in)."""
-
-
-@dataclass(frozen=True)
-class Client:
-    """What the server knows of a client: identity, weight and budget."""
-
-    id: str
-    examples: int
-    rank: int
-    keep: float = 1.0
-    """1 - dropout rate: the share of rows and columns that the client trains."""
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one client trains in one round."""
+# what is awaited
+
+
+class Awaited(Generic[T]):
+    """What a coroutine awaits and is answered with a T: driven by `.send`, without an event loop."""
+
+    def __await__(self) -> Generator[Self, T, T]:
+        return (yield self)
+
+
+class Factors(NamedTuple):
+    """What is added to each frozen weight: scale * B diag(gate(x)) A."""
+
+    A: Group
+    """Site -> (r, in)."""
+    B: Group
+    """Site -> (out, r)."""
+    gate: Group | None = None
+    """Site -> (parts, in): softmax(gate x) weighs equal parts of the ranks, for each input x. None: no weights."""
+
+
+def plain(train: State, fixed: State) -> Factors:
+    """A and B as they are, whichever of the two is trained."""
+    return Factors(train.get("A") or fixed["A"], train.get("B") or fixed["B"])
+
+
+@dataclass(frozen=True, eq=False)
+class Work(Awaited["Trained"]):
+    """A model and which of its tensors to train; the answer is `Trained`. Never crosses the wire, so it may hold functions.
+
+    They see one client's own tensors and close over none: what they need goes into `fixed`, which the trainer moves and stacks.
+    """
 
     train: State
-    """Leaves that get gradients, as small as what was sent."""
+    """Trainable parameters, as small as what was sent."""
     fixed: State = field(default_factory=dict)
-    """What `adapter` and `penalty` need besides."""
+    """What `adapter` and `penalties` need besides."""
     base: State = field(default_factory=dict)
     """Offset to the frozen weights since the original model, one role each of factors: `left` (out, q) and
     `right` (q, in); a site with `left` alone carries a dense (out, in) offset."""
@@ -55,138 +74,180 @@ class Work:
     """Multiplies B @ A."""
     lr: float = 1.0
     """Multiplies the run's learning rate."""
+    steps: int | None = None
+    """Local steps; None for the run's."""
+    adapter: Callable[[State, State], Factors] = plain
+    """(train, fixed) -> factors, differentiable in `train`."""
+    penalties: tuple[Callable[[State, State], Tensor], ...] = ()
+    """Terms of the loss, (train, fixed) -> 0-d tensor; reported apart from the task's loss."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What became of a Work."""
+
+    state: State
+    """`Work.train`, trained."""
+    steps: int
+    lr_sum: float
+    """Sum of the learning rates of the steps: what SCAFFOLD and FedNova divide by."""
+    loss: float
+    """Mean over the steps of the task's loss, penalties apart."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the task as well: loss_max, grad_norm_max, samples, tokens, ..."""
+
+
+@dataclass(frozen=True, eq=False)
+class Send(Awaited[State]):
+    """Send this now and go on with what the server sends next, in the same round. The answer is that state."""
+
+    state: State
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange(Awaited[T]):
+    """Every client of the round is sent something, visits, and answers. All functions run on the server."""
+
+    send: Callable[[Client], State]
+    """What a client receives. Pure: it may be asked again."""
+    expects: Callable[[Client, State], Spec] = lambda client, sent: like(sent)
+    """(client, what it was sent) -> what its upload must look like. Default: the floating-point roles it was sent."""
+    lift: Callable[[Client, State], State] = lambda client, upload: upload
+    """(client, upload) -> the upload in the space that clients share. Affine in the upload."""
+    weight: Callable[[Client], float] = lambda client: float(client.examples)
+
+
+@dataclass(frozen=True, eq=False)
+class Mean(Exchange["Averaged"]):
+    """Asks for the weighted mean of lifted uploads and nothing else: a fold, and all that a secure sum can give."""
+
+
+@dataclass(frozen=True, eq=False)
+class Each(Exchange[Iterator["Upload"]]):
+    """Asks for the uploads one by one, lifted, in client-id order: a stream, trained as it is read, once. While reading it, do
+    not rebind a name that `send`, `expects`, `lift` or `weight` closes over."""
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """The answer to `Mean`."""
+
+    state: State
+    clients: tuple[Client, ...]
+    """Whose uploads are in it."""
+    weight: float
+    """Their total weight: `state * weight` is the sum."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What a client sends back. Self-describing: it carries the seed of the slice that it belongs to."""
+    """One client's answer, checked and lifted."""
 
     client: Client
     state: State
-    t: int
+    weight: float
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+# what a coroutine is told
+
+
+def _secret() -> torch.Generator:
+    """A generator that the operating system seeds."""
+    rng = torch.Generator()
+    rng.seed()
+    return rng
+
+
 @dataclass(frozen=True)
-class Failure:
-    """A client that sent nothing usable, and why."""
+class Round:
+    """The server's round."""
 
+    t: int
+    """From 1."""
+    clients: tuple[Client, ...]
+    """Who takes part, by id."""
+    federation: int
+    """How many clients there are in all: SCAFFOLD's N."""
+    sites: Sites
+    report: dict[str, float] = field(default_factory=dict)
+    """What the method wants recorded of the round: write to it."""
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One client's part in one round."""
+
+    t: int
     client: Client
-    reason: str
+    sites: Sites
+    rng: torch.Generator = field(default_factory=_secret)
+    """Secret: nobody else can draw the same. For privacy noise alone; what the server must know too is drawn from a key."""
 
 
-Job = tuple[Client, State]
-"""A client and what the server sends it."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A federated LoRA method. Concrete methods are frozen dataclasses whose fields are scalars, and final.
+    """A federated method: a frozen dataclass. Pure: tensors that come in are never changed, nothing is stored in `self`.
 
-    Two functions are abstract; the others have the defaults of plain federated averaging. Every function is pure:
-    tensors that come in are never changed.
+    `server` and `client` are the method; the others have defaults.
     """
-
-    rank: int = 8
-    """Rank of the server's adapter."""
-    alpha: float = 16.0
-    """LoRA scale: B @ A is multiplied by alpha / rank (alpha / sqrt(rank) with `rslora`)."""
-    rslora: bool = False
-    """Rank-stabilised scale (Kalajdzievski, arXiv 2312.03732)."""
 
     name: ClassVar[str]
     paper: ClassVar[str]
     """Authors, title, arXiv id."""
     budgets: ClassVar[frozenset[str]] = frozenset()
-    """Which budgets of a client the method follows: `"rank"`, `"keep"`."""
-    personal: ClassVar[bool] = False
-    """Every client ends with a model of its own."""
-    linear: ClassVar[bool] = False
-    """`aggregate` needs no more than a weighted sum of uploads (what secure aggregation can give)."""
-    needs_all: ClassVar[bool] = False
-    """`aggregate` holds every upload at once rather than folding over them."""
-    sliceable: ClassVar[bool] = False
-    """Another method may put its slices over this one (field `over`)."""
-    shrinks: ClassVar[bool] = False
-    """A client may send a smaller rank than it was sent."""
+    """Which budgets of a client the method itself follows: names of fields of `Client`."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """Rank of the server's adapter: a client's whole rank budget."""
+
+    @property
+    def personal_models(self) -> bool:
+        """Every client ends with a model of its own: scores are means over clients."""
+        return False
+
+    @property
+    def personal_phase(self) -> bool:
+        """`personal` trains something after the last round."""
+        return False
+
+    @property
+    def needs_proxy_data(self) -> bool:
+        """The server awaits Work in some rounds: it must own rows (task.proxy_data)."""
+        return False
 
     def check(self, client: Client) -> None:
-        """Raise ConfigError if the client's budget is not one that this method can follow."""
-        if not 1 <= client.rank <= self.rank:
-            raise ConfigError(
-                f"client {client.id!r} has rank {client.rank}, expected 1 to {self.rank} (lora.rank): "
-                "change ranks in [clients] or rank in [lora]"
-            )
-        if client.rank != self.rank and "rank" not in self.budgets:
-            raise ConfigError(
-                f"{self.name} needs every client at rank {self.rank}, got {client.rank} for client {client.id!r}: remove "
-                "ranks from [clients], or choose a method with rank budgets (fslora, hetlora, flexlora)"
-            )
-        if not 0.0 < client.keep <= 1.0:
-            raise ConfigError(f"client {client.id!r} has keep {client.keep}, expected a number above 0 and at most 1")
-        if client.keep != 1.0 and "keep" not in self.budgets:
-            raise ConfigError(
-                f"{self.name} follows no keep budget, got keep {client.keep} for client {client.id!r}: "
-                "remove keep from [clients], or choose fedlodrop"
-            )
+        """Raise ConfigError if this client's budgets are not ones that the method can follow."""
+        check_followed(self, client, self.budgets, self.name)
 
-    # server
-
+    @abstractmethod
     def init(self, sites: Sites, rng: torch.Generator) -> State:
-        """The server's first state: A (rank, in) uniform, B (out, rank) zero."""
-        from fedloom import lora
-
-        return lora.init(sites, self.rank, rng)
-
-    def broadcast(self, state: State, client: Client, t: int) -> State:
-        """What the server sends to one client in round t; t = 0 asks for the model to evaluate. Default: A, B and the head."""
-        return {role: state[role] for role in ("A", "B", "head") if role in state}
+        """The server's first state, without the head."""
 
     @abstractmethod
-    def aggregate(self, state: State, uploads: Iterable[Upload]) -> State:
-        """The next server state. Uploads come once, in client-id order: fold, do not hoard (unless `needs_all`)."""
+    async def server(self, state: State, round: Round) -> State:
+        """One round: awaits exchanges with the round's clients, or Work on the server's own data; returns the next state."""
 
-    def expected(self, received: State, t: int) -> State:
-        """A state with the roles, sites and shapes that an upload must have. Default: those received."""
-        return received
+    async def client(self, received: State, own: State, visit: Visit) -> tuple[State, State]:
+        """One visit: awaits Work; returns what is sent and what is kept as `own`. Default: train `model`, send it all."""
+        done = await self.model(received, own, visit)
+        return done.state, {}
 
-    def stage(self, t: int) -> Literal["clients", "server"]:
-        """Who trains in round t: the sampled clients, or the server on its own proxy data. Default: the clients."""
-        return "clients"
+    def spread(self, upload: State, received: State, visit: Visit) -> State:
+        """The upload in the shared space, zero where this client holds nothing: the linear part of `lift`, for secure sums."""
+        return upload
 
-    # client
+    # after training
+
+    def serve(self, state: State, client: Client) -> State:
+        """What a client receives to use the model: evaluation, export, the personal phase."""
+        return only(state, "A", "B", "head")
 
     @abstractmethod
-    def prepare(self, received: State, kept: State, sites: Sites, client: Client, t: int) -> Work:
-        """What the client trains in round t. With t = 0 nothing is trained: the work is the model to evaluate."""
+    def model(self, received: State, own: State, visit: Visit) -> Work:
+        """The model that a client uses, from what `serve` gave; the global one if `own` is what a new client has."""
 
-    def personalise(self, received: State, kept: State, sites: Sites, client: Client) -> Work | None:
-        """What the client trains for itself alone after the last round; None (the default) for nothing."""
-        return None
-
-    def adapter(self, train: State, fixed: State) -> tuple[Group, Group]:
-        """The factors A (r, in) and B (out, r) per site, differentiable in `train`.
-
-        Sees one client's own tensors: no client axis and no padding.
-        """
-        return train.get("A") or fixed["A"], train.get("B") or fixed["B"]
-
-    def penalty(self, train: State, fixed: State) -> Tensor | None:
-        """A term added to the client's loss (a 0-d tensor), or None. Sees one client's own tensors."""
-        return None
-
-    def finish(self, work: Work, trained: State, received: State) -> tuple[State, State]:
-        """What the client sends and what it keeps for itself. Default: send all that was trained, keep nothing."""
-        return trained, {}
-
-
-class Engine(Protocol):
-    """Runs clients, wherever they are. The test double is a loop."""
-
-    def run(self, method: Method, jobs: Iterable[Job], t: int) -> Iterator[Upload | Failure]:
-        """Train each job's client for round t; results may come in any order."""
-        ...
-
-
-Sampler = Callable[[list[Client], int], list[Client]]
-"""(clients, round) -> the clients that take part."""
+    async def personal(self, received: State, own: State, visit: Visit) -> State:
+        """After the last round, for every client, if `personal_phase`: awaits Work; returns what is kept as `own`."""
+        return own

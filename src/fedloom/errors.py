@@ -6,6 +6,7 @@ FedloomError
 ├── ModelError      (ValueError)    a model cannot be loaded or adapted
 ├── HubError        (OSError)       a hub was needed and could not be reached
 ├── RunError        (RuntimeError)  a run directory cannot be used: exists, unreadable, other version, disk full
+├── MethodError     (TypeError)     a method breaks the interface
 └── RoundError      (RuntimeError)  a round could not be completed; the run can be resumed
 
 `exit_code` is what the command line returns: 2 where the user's input is at fault, 1 otherwise.
@@ -42,6 +43,10 @@ class HubError(FedloomError, OSError):
 
 class RunError(FedloomError, RuntimeError):
     """A run directory cannot be written, read or gone on with."""
+
+
+class MethodError(FedloomError, TypeError):
+    """A method breaks the interface: the message says how to mend it."""
 
 
 class RoundError(FedloomError, RuntimeError):

@@ -5,29 +5,14 @@ Sums of products sum_k p_k B_k A_k are kept as stacked factors and re-factored t
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from fedloom.core import Group, Sites, State, Upload
-
-
-def seed_of(*key: int | str) -> int:
-    """A 63-bit seed from a key such as (seed, t, client, purpose): any party, in any order, gets the same one.
-
-    >>> seed_of(0, 3, "client-1") == seed_of(0, 3, "client-1") != seed_of(0, 4, "client-1")
-    True
-    """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator made from a key: see `seed_of`."""
-    return torch.Generator().manual_seed(seed_of(*key))
+from fedloom.state import Group, Sites, State
+from fedloom.state import only as only
+from fedloom.state import without as without
 
 
 def scale(alpha: float, rank: int, rslora: bool = False) -> float:
@@ -59,16 +44,6 @@ def sites_of(state: State) -> Sites:
     return {site: (state["B"][site].shape[0], A.shape[1]) for site, A in state["A"].items()}
 
 
-def only(state: State, *roles: str) -> State:
-    """The roles named, where the state has them."""
-    return {role: state[role] for role in roles if role in state}
-
-
-def without(state: State, *roles: str) -> State:
-    """All roles but those named."""
-    return {role: group for role, group in state.items() if role not in roles}
-
-
 class Mean:
     """A running weighted mean of states: one of them is held at a time.
 
@@ -90,19 +65,6 @@ class Mean:
             into = self.value[role]
             for site, x in group.items():
                 into[site].lerp_(x, share)
-
-
-def mean(uploads: Iterable[Upload], *roles: str, uniform: bool = False) -> State:
-    """Mean over clients of the roles named (all by default), weighted by examples (or not, if `uniform`).
-
-    Raises ValueError if there is no upload.
-    """
-    result = Mean()
-    for upload in uploads:
-        result.add(only(upload.state, *roles) if roles else upload.state, 1.0 if uniform else upload.client.examples)
-    if not result.weight:
-        raise ValueError("the mean of no uploads is undefined; aggregate was called without any")
-    return result.value
 
 
 def product_norm(B: Tensor, A: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedloom.core import State
+from fedloom.state import State
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,14 @@ def _fill(x: Tensor, part: Tensor, rows: Tensor | None, cols: Tensor | None) -> 
 
 def take(state: State, cuts: Cuts) -> State:
     """The state with A and B cut; other roles as they are. Without a cut for a site its factors pass unchanged."""
-    none = Cut()
-    A = {site: _pick(x, (cut := cuts.get(site, none)).rank, cut.cols) for site, x in state["A"].items()}
-    B = {site: _pick(x, (cut := cuts.get(site, none)).rows, cut.rank) for site, x in state["B"].items()}
+    whole = Cut()
+    A, B = {}, {}
+    for site, x in state["A"].items():
+        cut = cuts.get(site, whole)
+        A[site] = _pick(x, cut.rank, cut.cols)
+    for site, x in state["B"].items():
+        cut = cuts.get(site, whole)
+        B[site] = _pick(x, cut.rows, cut.rank)
     return state | {"A": A, "B": B}
 
 
@@ -61,7 +66,12 @@ def put(full: State, part: State, cuts: Cuts) -> State:
 
     Inverse of `take`: take(put(full, part, cuts), cuts) has the part's A and B.
     """
-    none = Cut()
-    A = {site: _fill(full["A"][site], x, (cut := cuts.get(site, none)).rank, cut.cols) for site, x in part["A"].items()}
-    B = {site: _fill(full["B"][site], x, (cut := cuts.get(site, none)).rows, cut.rank) for site, x in part["B"].items()}
+    whole = Cut()
+    A, B = {}, {}
+    for site, x in part["A"].items():
+        cut = cuts.get(site, whole)
+        A[site] = _fill(full["A"][site], x, cut.rank, cut.cols)
+    for site, x in part["B"].items():
+        cut = cuts.get(site, whole)
+        B[site] = _fill(full["B"][site], x, cut.rows, cut.rank)
     return part | {"A": A, "B": B}

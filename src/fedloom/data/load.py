@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedloom import lora
 from fedloom.data import files, glue, hub, packaged
 from fedloom.data.glue import glue_fields as glue_fields
 from fedloom.errors import DataError, nearest
+from fedloom.rng import seed_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,7 +86,7 @@ def split(ds: Dataset, holdout: float, seed: int, stratify: str | None = None) -
         raise DataError(
             f"cannot hold out {holdout} of {n} rows: expected a share between 0 and 1, or fewer rows than there are"
         )
-    order = np.random.default_rng(lora.seed_of(seed, "holdout")).permutation(n)
+    order = np.random.default_rng(seed_of(seed, "holdout")).permutation(n)
     held = (
         order[:wanted] if stratify is None else _proportional(np.asarray([str(x) for x in ds[stratify]]), order, wanted)
     )

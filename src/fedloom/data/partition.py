@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedloom import lora
 from fedloom.data import hub
 from fedloom.data.load import require
 from fedloom.errors import DataError, nearest
+from fedloom.rng import seed_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,7 +71,7 @@ def partition(
                 f"got {count} clients for {len(ds)} rows, expected no more clients than rows: lower count in [clients]"
             )
         if scheme == "iid":
-            rows = _equal(np.random.default_rng(lora.seed_of(seed, "iid")).permutation(len(ds)), count)
+            rows = _equal(np.random.default_rng(seed_of(seed, "iid")).permutation(len(ds)), count)
         elif scheme == "by-length":
             rows = _by_length(ds, count, _column(ds, scheme, "text", text or field), seed)
         elif scheme == "dirichlet":
@@ -131,7 +131,7 @@ def _equal(order: np.ndarray[Any, Any], count: int) -> list[list[int]]:
 
 def _by_length(ds: Dataset, count: int, field: str, seed: int) -> list[list[int]]:
     lengths = np.asarray([len(str(text)) for text in ds[field]])
-    order = np.random.default_rng(lora.seed_of(seed, "length")).permutation(len(ds))
+    order = np.random.default_rng(seed_of(seed, "length")).permutation(len(ds))
     return _equal(order[np.argsort(lengths[order], kind="stable")], count)
 
 
@@ -175,7 +175,7 @@ def _drawn(
     labels = [str(x) for x in ds[label]]
     for attempt in range(_DRAWS):
         try:
-            rows = _deal(draw(lora.seed_of(*key, attempt) % 2**32), np.arange(len(ds)), labels)
+            rows = _deal(draw(seed_of(*key, attempt) % 2**32), np.arange(len(ds)), labels)
         except ValueError as error:
             reason = str(error).splitlines()[0]
             continue

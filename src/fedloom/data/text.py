@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedloom import lora
 from fedloom.data.labels import classes, values
 from fedloom.data.labels import labels_of as labels_of
 from fedloom.errors import DataError, nearest
+from fedloom.rng import generator
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -243,15 +243,16 @@ def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:
 def schedule(
     lengths: NDArray[np.integer[Any]],
     batch_size: int,
-    key: tuple[int, int, str],
+    key: tuple[int | str, ...],
     *,
     steps: int | None = None,
     epochs: int | None = None,
 ) -> list[NDArray[np.int64]]:
     """Batches of row indices for one client and one round: `steps` of them, or whole `epochs`.
 
-    `key` is (seed, t, client id). Each epoch shuffles the rows, sorts them by length, so that rows of a batch need
-    little padding, and visits the batches in a random order. An epoch's longest rows may make a smaller batch.
+    `key` is (seed, t, client id), and for a visit's further works their number. Each epoch shuffles the rows, sorts them by
+    length, so that rows of a batch need little padding, and visits the batches in a random order. An epoch's longest rows may
+    make a smaller batch.
     """
     if (steps is None) == (epochs is None):
         raise ValueError(f"expected either steps or epochs, got steps={steps} and epochs={epochs}")
@@ -260,16 +261,16 @@ def schedule(
         raise ValueError(
             f"cannot draw batches of {batch_size} from {len(lengths)} rows (steps={steps}, epochs={epochs})"
         )
-    seed, t, client = key
+    seed, t, client, *part = key
     batches: list[NDArray[np.int64]] = []
     epoch = 0
     while (len(batches) < steps) if steps is not None else (epoch < wanted):
-        rows = torch.randperm(len(lengths), generator=lora.generator(seed, t, client, epoch, "rows")).numpy()
+        rows = torch.randperm(len(lengths), generator=generator(seed, t, client, *part, epoch, "rows")).numpy()
         rows = rows[np.argsort(lengths[rows], kind="stable")]  # stable: rows of one length stay shuffled
         cut = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         # Without the client in the key: clients with equal numbers of batches that train together in one pass are then
         # at the same quantile of length in every step, and none is padded to the longest row of another.
-        order = torch.randperm(len(cut), generator=lora.generator(seed, t, epoch, len(cut), "batches")).tolist()
+        order = torch.randperm(len(cut), generator=generator(seed, t, epoch, len(cut), "batches")).tolist()
         batches.extend(cut[i] for i in order)
         epoch += 1
     return batches if steps is None else batches[:steps]

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fedloom import lora
-from fedloom.core import Sites
 from fedloom.data import hub, packaged
 from fedloom.errors import ConfigError, ModelError, nearest
+from fedloom.rng import generator, seed_of
+from fedloom.state import Sites
 
 Kind = Literal["classification", "regression", "causal-lm"]
 
@@ -73,7 +73,7 @@ def load_base(
     ):
         import transformers
 
-        torch.manual_seed(lora.seed_of(seed, "load"))
+        torch.manual_seed(seed_of(seed, "load"))
         loader: Any = transformers.AutoModelForCausalLM
         options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
         if kind != "causal-lm":
@@ -248,7 +248,7 @@ def _draw(model: nn.Module, fresh: set[str], head: Sequence[str], seed: int, nam
             if key.endswith("bias"):
                 parameters[key].zero_()
             else:
-                values = torch.randn(parameters[key].shape, generator=lora.generator(seed, "head", key)) * std
+                values = torch.randn(parameters[key].shape, generator=generator(seed, "head", key)) * std
                 parameters[key].copy_(values)
 
 

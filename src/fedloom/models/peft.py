@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fedloom import lora
-from fedloom.core import Group, State
 from fedloom.errors import ModelError
 from fedloom.models.huggingface import Kind, head_modules, is_conv1d, quiet
+from fedloom.state import Group, State
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

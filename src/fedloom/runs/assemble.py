@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from fedloom import lora, methods
+from fedloom import methods
 from fedloom.checkpoint import disk_errors
 from fedloom.core import Client, Method, Sites, State
 from fedloom.data import load, metrics, partition
@@ -18,6 +18,7 @@ from fedloom.data.glue import glue_fields, is_glue
 from fedloom.data.text import Encoded, encode_causal, encode_labelled, labels_of
 from fedloom.errors import ConfigError, DataError
 from fedloom.models import huggingface, peft
+from fedloom.rng import generator
 from fedloom.runs.config import RunConfig
 from fedloom.train.optim import Settings
 from fedloom.train.trainer import Trainer
@@ -93,7 +94,7 @@ def _text_column(train: Dataset) -> list[str]:
 
 def _first(rows: Dataset, count: int, seed: int, purpose: str) -> Dataset:
     """A seeded sample, in a seeded order."""
-    order = torch.randperm(len(rows), generator=lora.generator(seed, "limit", purpose))
+    order = torch.randperm(len(rows), generator=generator(seed, "limit", purpose))
     return rows.select(order[:count].tolist())
 
 
@@ -230,7 +231,7 @@ class Parts:
 
     def initial_state(self) -> State:
         """The server's first state, head included: a function of the seed alone."""
-        return self.method.init(self.sites, lora.generator(self.config.seed, "init")) | self.head
+        return self.method.init(self.sites, generator(self.config.seed, "init")) | self.head
 
     # token rows
 

@@ -18,6 +18,7 @@ from fedloom import checkpoint, directions, lora
 from fedloom.core import State, Work
 from fedloom.errors import RunError
 from fedloom.methods.fedit import FedIT
+from fedloom.rng import generator
 from fedloom.runs import evaluate
 from fedloom.runs.assemble import Parts
 from fedloom.runs.directory import RunDirectory
@@ -95,7 +96,7 @@ def measure(path: Path, most: int = 8) -> list[Row]:
     after = train([start] * len(clients), t + 1)
     seed = parts.config.seed
     scratch: list[State] = [
-        lora.init(parts.sites, plain.rank, lora.generator(seed, "sensitivity", c.id)) | parts.head for c in clients
+        lora.init(parts.sites, plain.rank, generator(seed, "sensitivity", c.id)) | parts.head for c in clients
     ]
     other = train(scratch, t + 1)
     first = parts.initial_state()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedloom.core import Sites
 from fedloom.errors import ModelError, nearest
+from fedloom.state import Sites
 from fedloom.train.product import Delta, Frozen, Offset, Segments, product
 
 Dropout = Callable[[str, Tensor], Tensor]

@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedloom.core import Client, Group, Method, State, Work
+from fedloom.core import Client, Group, State, Trained, Work
 from fedloom.data.text import Encoded, collate
 from fedloom.train.dropout import InputDropout
 from fedloom.train.host import Host
 from fedloom.train.loss import client_losses
 from fedloom.train.optim import SGD, AdamW, Settings, clip_, schedule_factor
-from fedloom.train.stack import Factors, Views, pack, pad_stack
+from fedloom.train.stack import AdapterStack, Views, pack, pad_stack
 
 Plan = list[NDArray[np.int64]]
 """The batches of one client: row indices."""
@@ -38,10 +38,8 @@ class Member:
     plan: Plan
 
 
-def run(
-    host: Host, method: Method, members: Sequence[Member], settings: Settings, t: int
-) -> list[tuple[State, dict[str, float]]]:
-    """Train the members together; what each trained, on the CPU, and its metrics. Members come with most batches first."""
+def run(host: Host, members: Sequence[Member], settings: Settings, t: int) -> list[Trained]:
+    """Train the members together; what each trained, on the CPU. Members come with most batches first."""
     dtype = state_dtype([m.work for m in members])
     # Dropout is drawn for rows as they are padded.
     dense = not settings.dropout and not settings.base_dropout
@@ -49,10 +47,10 @@ def run(
     host.train(settings.base_dropout, settings.checkpointing)
     layout, flat = pack([m.work.train for m in members], dtype, host.device)
     fixed = [moved(m.work.fixed, dtype, host.device) for m in members]
-    factors = Factors(method, layout, fixed)
+    factors = AdapterStack([m.work.adapter for m in members], layout, fixed)
     fixed_head = stacked_heads(fixed, compute)
     scale = torch.tensor([m.work.scale for m in members], dtype=compute, device=host.device).view(-1, 1, 1)
-    penalised = type(method).penalty is not Method.penalty
+    penalised = any(m.work.penalties for m in members)
     optimiser = (
         AdamW(flat, settings.weight_decay)
         if settings.optimizer == "adamw"
@@ -69,24 +67,26 @@ def run(
         host.put(A, B, scale[:K], head, _dropout(settings, t, step, active))
         kind = active[0].data.kind
         losses = client_losses(kind, host.logits(batch, kind), batch.to(host.device))
+        objective = losses.sum()
         if penalised:
             own = layout.states(layout.views(leaf), K)
-            terms = [method.penalty(state, f) for state, f in zip(own, fixed, strict=False)]
-            losses = losses + torch.stack([losses.new_zeros(()) if x is None else x.to(losses.dtype) for x in terms])
-        (grad,) = torch.autograd.grad(losses.sum(), leaf)
+            for m, state, f in zip(active, own, fixed, strict=False):
+                for penalty in m.work.penalties:
+                    objective = objective + penalty(state, f).to(objective.dtype)
+        (grad,) = torch.autograd.grad(objective, leaf)
         norms = clip_(grad, settings.clip)
         rates = [
             settings.lr * m.work.lr * schedule_factor(settings.schedule, step, len(m.plan), settings.warmup)
             for m in active
         ]
         optimiser.step(grad, torch.tensor(rates, dtype=dtype, device=host.device).unsqueeze(1))
-        record.add(losses.detach(), norms)
+        record.add(losses.detach(), norms, rates)
     trained = layout.states(layout.views(flat.cpu()), len(members))
     # Clones: a slice of the stack would keep the whole stack alive.
     own_copies: list[State] = [
         {role: {site: x.clone() for site, x in group.items()} for role, group in state.items()} for state in trained
     ]
-    return list(zip(own_copies, record.metrics(), strict=True))
+    return record.trained(own_copies)
 
 
 class Record:
@@ -96,26 +96,34 @@ class Record:
         self._members = members
         self._loss = torch.zeros(len(members), dtype=torch.float64, device=flat.device)
         self._largest = torch.full((2, len(members)), -torch.inf, dtype=torch.float64, device=flat.device)
+        self._lr_sum = [0.0] * len(members)
 
-    def add(self, losses: Tensor, norms: Tensor) -> None:
-        """losses (K,), norms (K,) of the gradients."""
+    def add(self, losses: Tensor, norms: Tensor, rates: Sequence[float]) -> None:
+        """losses (K,) of the task, norms (K,) of the gradients, learning rates of the step."""
         largest = self._largest[:, : len(losses)]
         torch.maximum(largest, torch.stack((losses, norms)).double(), out=largest)
         self._loss[: len(losses)] += losses
+        for k, rate in enumerate(rates):
+            self._lr_sum[k] += rate
 
-    def metrics(self) -> list[dict[str, float]]:
-        """One dictionary per client: loss (mean over the steps), loss_max, grad_norm_max, steps, samples, tokens."""
+    def trained(self, states: Sequence[State]) -> list[Trained]:
+        """Each client's result. Metrics: loss_max, grad_norm_max, steps, samples, tokens."""
         sums, (largest, norms) = self._loss.tolist(), self._largest.tolist()
         return [
-            {
-                "loss": sums[k] / len(m.plan),
-                "loss_max": largest[k],
-                "grad_norm_max": norms[k],
-                "steps": float(len(m.plan)),
-                "samples": float(sum(map(len, m.plan))),
-                "tokens": float(m.data.lengths_of(np.concatenate(m.plan)).sum()),
-            }
-            for k, m in enumerate(self._members)
+            Trained(
+                state,
+                steps=len(m.plan),
+                lr_sum=self._lr_sum[k],
+                loss=sums[k] / max(1, len(m.plan)),
+                metrics={
+                    "loss_max": largest[k],
+                    "grad_norm_max": norms[k],
+                    "steps": float(len(m.plan)),
+                    "samples": float(sum(map(len, m.plan))),
+                    "tokens": float(m.data.lengths_of(np.concatenate(m.plan)).sum() if m.plan else 0),
+                },
+            )
+            for k, (m, state) in enumerate(zip(self._members, states, strict=True))
         ]
 
 

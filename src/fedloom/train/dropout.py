@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedloom import lora
+from fedloom.rng import generator
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,6 @@ class InputDropout:
         mask = torch.ones(K, b, *x.shape[1:], dtype=x.dtype)
         for k, client in enumerate(self.clients):
             shape = (self.rows[k], *((self.lengths[k],) if x.ndim == 3 else ()), x.shape[-1])
-            draw = torch.rand(shape, generator=lora.generator(self.seed, self.t, client, self.step, site, "dropout"))
+            draw = torch.rand(shape, generator=generator(self.seed, self.t, client, self.step, site, "dropout"))
             mask[k][tuple(slice(0, n) for n in shape)] = (draw >= self.p).to(x.dtype) / (1.0 - self.p)
         return mask.view(x.shape).to(x.device)

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fedloom.core import Group
 from fedloom.data.text import Batch, Encoded, Kind
 from fedloom.errors import ModelError
+from fedloom.state import Group
 from fedloom.train import packing
 from fedloom.train.adapter import Dropout, inject
 from fedloom.train.attention import PACKED, AttentionName, choose

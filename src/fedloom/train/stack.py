@@ -7,13 +7,13 @@ there is zero and every optimiser here leaves a zero with zero gradient at zero.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedloom.core import Group, Method, State
+from fedloom.core import Factors, Group, State
 
 Leaf = tuple[str, str]
 """(role, site)."""
@@ -37,7 +37,10 @@ class Layout:
     def views(self, flat: Tensor) -> Views:
         """flat (K, P) -> views of it. One split: its backward is one concatenation."""
         pieces = torch.split(flat, self.sizes, dim=1)
-        return {leaf: piece.view(-1, *shape) for (leaf, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
+        return {
+            leaf: piece.view(len(flat), *shape)
+            for (leaf, shape), piece in zip(self.shapes.items(), pieces, strict=True)
+        }
 
     def states(self, views: Views, K: int) -> list[State]:
         """Each client's own unpadded tensors, differentiable."""
@@ -53,7 +56,7 @@ class Layout:
 def pack(states: Sequence[State], dtype: torch.dtype, device: torch.device) -> tuple[Layout, Tensor]:
     """K states with the same roles and sites -> their layout and a new (K, P) tensor that holds copies, padded with zeros."""
     own = [{(role, site): tuple(x.shape) for role, group in s.items() for site, x in group.items()} for s in states]
-    shapes = {leaf: _largest([o[leaf] for o in own]) for leaf in own[0]}
+    shapes = {leaf: _largest([o[leaf] for o in own]) for leaf in sorted(own[0])}
     layout = Layout(shapes, own)
     flat = torch.zeros(len(states), sum(layout.sizes), dtype=dtype)
     for (role, site), stack in layout.views(flat).items():
@@ -76,15 +79,21 @@ def pad_stack(tensors: Sequence[Tensor], shape: tuple[int, ...] | None = None) -
     return torch.stack(padded)
 
 
-class Factors:
+class AdapterStack:
     """The stacked A (K, r, in) and B (K, out, r) of every site, as a method's `adapter` makes them from what is trained.
 
     Where `adapter` hands back the very tensor that it was given, for every client, the stack itself is the answer from then on
     and no Python runs per client; what it makes from `fixed` alone is stacked once. The rest is computed at each step.
     """
 
-    def __init__(self, method: Method, layout: Layout, fixed: Sequence[State], shortcut: bool = True) -> None:
-        self._method = method
+    def __init__(
+        self,
+        adapters: Sequence[Callable[[State, State], Factors]],
+        layout: Layout,
+        fixed: Sequence[State],
+        shortcut: bool = True,
+    ) -> None:
+        self._adapters = adapters
         self._layout = layout
         self._fixed = fixed
         self._shortcut = shortcut
@@ -100,7 +109,11 @@ class Factors:
         states: list[State] | None = None
         if self._leaves is None or any(self._computed):
             states = self._layout.states(self._layout.views(leaf), K)
-            made = [self._method.adapter(state, fixed) for state, fixed in zip(states, self._fixed, strict=False)]
+            factors = [
+                adapter(state, fixed)
+                for adapter, state, fixed in zip(self._adapters, states, self._fixed, strict=False)
+            ]
+            made = [(f.A, f.B) for f in factors]
         if self._leaves is None:
             assert states is not None
             self._resolve(made, states, dtype)

@@ -13,18 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedloom import lora
-from fedloom.core import Client, Method, State, Work
+from fedloom.core import Client, Trained, Work
 from fedloom.data.text import Encoded, collate, schedule
+from fedloom.rng import seed_of
 from fedloom.train import cohort
 from fedloom.train.attention import AttentionName
 from fedloom.train.host import Host
 from fedloom.train.loss import summed_losses
 from fedloom.train.optim import Settings
-from fedloom.train.stack import Factors, pack
-
-Trained = tuple[State, dict[str, float]]
-"""What a client trained, and its metrics: loss (mean over the steps), loss_max, grad_norm_max, steps, samples, tokens."""
+from fedloom.train.stack import AdapterStack, pack
 
 
 @dataclass(frozen=True)
@@ -76,9 +73,11 @@ class Trainer:
         self.close()
 
     def fit(
-        self, method: Method, works: Sequence[tuple[Client, Work]], data: Sequence[Encoded], t: int
+        self, works: Sequence[tuple[Client, Work]], data: Sequence[Encoded], t: int, part: int = 0
     ) -> list[Trained]:
         """Train each client on its data in round t, together where their works have the same roles, sites and base.
+
+        `part` counts the works of a visit: each has batches of its own.
 
         Results are in the order of `works`, tensors on the CPU in float32 (float64 where the state was). Nothing that is
         handed in is changed. A client's result does not depend on the others, up to the order of floating-point sums.
@@ -87,27 +86,27 @@ class Trainer:
         epochs = 1 if s.steps is None and s.epochs is None else s.epochs
         passes: dict[object, list[tuple[int, cohort.Member]]] = {}
         for i, ((client, work), encoded) in enumerate(zip(works, data, strict=True)):
-            plan = schedule(encoded.lengths, s.batch_size, (s.seed, t, client.id), steps=s.steps, epochs=epochs)
+            key = (s.seed, t, client.id, *((part,) if part else ()))
+            steps = s.steps if work.steps is None else work.steps
+            plan = schedule(encoded.lengths, s.batch_size, key, steps=steps, epochs=epochs if steps is None else None)
             member = cohort.Member(client, work, encoded, plan)
             passes.setdefault(_kin(work, encoded), []).append((i, member))
         results: dict[int, Trained] = {}
         for members in passes.values():
             members.sort(key=lambda pair: -len(pair[1].plan))
-            results.update(
-                zip([i for i, _ in members], self._together(method, [m for _, m in members], t), strict=True)
-            )
+            results.update(zip([i for i, _ in members], self._together([m for _, m in members], t), strict=True))
         return [results[i] for i in range(len(results))]
 
-    def _together(self, method: Method, members: Sequence[cohort.Member], t: int) -> list[Trained]:
+    def _together(self, members: Sequence[cohort.Member], t: int) -> list[Trained]:
         with torch.random.fork_rng(enabled=self.settings.base_dropout):
             if self.settings.base_dropout:
-                torch.manual_seed(lora.seed_of(self.settings.seed, t, *(m.client.id for m in members), "base dropout"))
+                torch.manual_seed(seed_of(self.settings.seed, t, *(m.client.id for m in members), "base dropout"))
             try:
-                return cohort.run(self._host, method, members, self.settings, t)
+                return cohort.run(self._host, members, self.settings, t)
             finally:
                 self._host.rest()
 
-    def evaluate(self, method: Method, work: Work, data: Encoded, batch_size: int | None = None) -> Evaluation:
+    def evaluate(self, work: Work, data: Encoded, batch_size: int | None = None) -> Evaluation:
         """Loss and predictions, row by row, of the model that `work` describes."""
         rows = np.argsort(data.lengths, kind="stable")
         size = batch_size or 8 * self.settings.batch_size
@@ -115,7 +114,7 @@ class Trainer:
         found: list[Tensor] = []
         with (
             torch.no_grad(),
-            self.loaded(method, work, data),
+            self.loaded(work, data),
         ):  # no inference mode: a cast made in it could not be trained on
             for first in range(0, len(rows), size):
                 batch = collate([(data, rows[first : first + size])])
@@ -133,7 +132,7 @@ class Trainer:
         return Evaluation(loss, int(count), logits, predictions)
 
     def generate(
-        self, method: Method, work: Work, data: Encoded, max_new_tokens: int = 64, batch_size: int | None = None
+        self, work: Work, data: Encoded, max_new_tokens: int = 64, batch_size: int | None = None
     ) -> list[list[int]]:
         """The greedy answer to each row's prompt (its tokens before `starts`), without the end token, in row order."""
         if data.starts is None:
@@ -141,25 +140,25 @@ class Trainer:
         size = batch_size or 8 * self.settings.batch_size
         rows = np.argsort(data.starts, kind="stable")
         answers: dict[int, list[int]] = {}
-        with torch.no_grad(), self.loaded(method, work, data) as model:
+        with torch.no_grad(), self.loaded(work, data) as model:
             for first in range(0, len(rows), size):
                 chosen = rows[first : first + size]
                 answers.update(zip(chosen.tolist(), _greedy(model, data, chosen, max_new_tokens), strict=True))
         return [answers[i] for i in range(len(data))]
 
-    def loaded(self, method: Method, work: Work, data: Encoded) -> Loaded:
+    def loaded(self, work: Work, data: Encoded) -> Loaded:
         """The model as one client's `work` describes it, for the length of a `with` block, to be called as any other.
 
         `data` is only looked at for its kind and the length of its rows.
         """
-        return Loaded(self._host, method, work, data, pack=False)
+        return Loaded(self._host, work, data, pack=False)
 
 
 class Loaded:
     """A context that holds one client's adapter, head and offset on the model, as constants."""
 
-    def __init__(self, host: Host, method: Method, work: Work, data: Encoded, pack: bool) -> None:
-        self._host, self._method, self._work, self._data, self._pack = host, method, work, data, pack
+    def __init__(self, host: Host, work: Work, data: Encoded, pack: bool) -> None:
+        self._host, self._work, self._data, self._pack = host, work, data, pack
 
     def __enter__(self) -> nn.Module:
         host, work = self._host, self._work
@@ -167,7 +166,7 @@ class Loaded:
         compute = host.ready(dtype, work.base, [self._data], self._pack)
         layout, flat = pack([work.train], dtype, host.device)
         fixed = [cohort.moved(work.fixed, dtype, host.device)]
-        A, B, views = Factors(self._method, layout, fixed)(flat, compute)
+        A, B, views = AdapterStack([work.adapter], layout, fixed)(flat, compute)
         scale = torch.full((1, 1, 1), work.scale, dtype=compute, device=host.device)
         host.put(A, B, scale, cohort.heads(views, cohort.stacked_heads(fixed, compute), 1))
         return host.model

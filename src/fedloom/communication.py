@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
-from fedloom.core import State
+from fedloom.state import State
 
 
-class Bytes:
+class ByteCount:
     """A running count of payload bytes by role."""
 
     def __init__(self) -> None:
@@ -15,12 +16,12 @@ class Bytes:
 
     def count(self, state: State) -> int:
         """Add one state that crossed; its bytes over all roles are returned."""
-        total = 0
-        for role, group in state.items():
-            n = sum(x.numel() * x.element_size() for x in group.values())
-            self.by_role[role] += n
-            total += n
-        return total
+        return self.add({role: sum(x.numel() * x.element_size() for x in g.values()) for role, g in state.items()})
+
+    def add(self, by_role: Mapping[str, int]) -> int:
+        """Add bytes by role; their sum is returned."""
+        self.by_role.update(by_role)
+        return sum(by_role.values())
 
     def as_dict(self) -> dict[str, int]:
         """Role -> bytes, roles in alphabetical order."""

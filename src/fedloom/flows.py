@@ -1,0 +1,130 @@
+"""Wrapping coroutines: change what an inner method awaits, and what it is answered; a method over another one."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from fedloom.client import check_range, whole_budget
+from fedloom.core import Client, Method, Round, Visit, Work
+from fedloom.errors import ConfigError
+from fedloom.state import Sites, State
+
+T = TypeVar("T")
+
+
+async def relay(flow: Coroutine[Any, Any, T], change: Callable[[Any], Awaitable[Any]]) -> T:
+    """Run an inner coroutine to its end, awaiting `change(x)` for every x that it awaits.
+
+    `change` returns what is to be awaited instead; an async function may change the answer too.
+    """
+    step = partial(flow.send, None)
+    try:
+        while True:
+            try:
+                asked = step()
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
+            try:
+                answer = await change(asked)
+            except Exception as error:  # thrown in by the engine: the inner coroutine's to handle
+                step = partial(flow.throw, error)
+            else:
+                step = partial(flow.send, answer)
+    finally:
+        flow.close()
+
+
+async def relay_works(flow: Coroutine[Any, Any, T], change: Callable[[Work], Work]) -> T:
+    """`relay` for a client's coroutine: changes every Work, lets the rest pass."""
+    return await relay(flow, lambda asked: change(asked) if isinstance(asked, Work) else asked)
+
+
+def at(visit: Visit, **budgets: Any) -> Visit:
+    """The visit of a client with other budgets."""
+    return replace(visit, client=replace(visit.client, **budgets))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Over(Method):
+    """A method over another one. Forwards everything: define what you change, and await `self.over...` inside it.
+
+    Every role that a wrapper adds to a state begins with one of `adds`; `self.inner(state)` is the state without them.
+    """
+
+    over: Method
+    """The method under this one."""
+
+    adds: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        below: Method = self.over
+        while isinstance(below, Over):
+            if clash := set(self.adds) & set(below.adds):
+                raise ConfigError(
+                    f"{self.name} over {below.name}: both add roles that begin with {', '.join(sorted(clash))}: use one of them"
+                )
+            below = below.over
+
+    def inner(self, state: State) -> State:
+        """The state as the inner method knows it."""
+        if not self.adds:
+            return state
+        return {role: group for role, group in state.items() if not role.startswith(self.adds)}
+
+    def mine(self, state: State) -> State:
+        """The roles that this wrapper added."""
+        return {role: group for role, group in state.items() if role.startswith(self.adds)} if self.adds else {}
+
+    def whole(self, client: Client) -> Client:
+        """The client as the inner method sees it: with all of the budgets that this wrapper follows."""
+        return replace(client, **{name: whole_budget(self, name) for name in self.budgets})
+
+    @property
+    def rank(self) -> int:
+        """The inner method's."""
+        return self.over.rank
+
+    @property
+    def personal_models(self) -> bool:
+        return self.over.personal_models
+
+    @property
+    def personal_phase(self) -> bool:
+        return self.over.personal_phase
+
+    @property
+    def needs_proxy_data(self) -> bool:
+        return self.over.needs_proxy_data
+
+    def check(self, client: Client) -> None:
+        for name in self.budgets:
+            check_range(self, client, name)
+        self.over.check(self.whole(client))
+
+    def init(self, sites: Sites, rng: torch.Generator) -> State:
+        return self.over.init(sites, rng)
+
+    async def server(self, state: State, round: Round) -> State:
+        return self.mine(state) | await self.over.server(self.inner(state), round)
+
+    async def client(self, received: State, own: State, visit: Visit) -> tuple[State, State]:
+        return await self.over.client(self.inner(received), self.inner(own), visit)
+
+    def spread(self, upload: State, received: State, visit: Visit) -> State:
+        return self.mine(upload) | self.over.spread(self.inner(upload), self.inner(received), visit)
+
+    def serve(self, state: State, client: Client) -> State:
+        return self.over.serve(self.inner(state), self.whole(client))
+
+    def model(self, received: State, own: State, visit: Visit) -> Work:
+        return self.over.model(received, self.inner(own), replace(visit, client=self.whole(visit.client)))
+
+    async def personal(self, received: State, own: State, visit: Visit) -> State:
+        visit = replace(visit, client=self.whole(visit.client))
+        return self.mine(own) | await self.over.personal(received, self.inner(own), visit)

@@ -1,0 +1,245 @@
+"""The simulator: all clients in this process, many of them in one pass over one frozen base, their visits in lock step."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Generic, Protocol, TypeVar
+
+from fedloom.checkpoint import ClientStates
+from fedloom.client import Client, Failure
+from fedloom.core import Exchange, Method, Round, Send, Trained, Visit, Work
+from fedloom.engine import Answer, Job, Total
+from fedloom.errors import ConfigError, MethodError
+from fedloom.rng import generator
+from fedloom.state import Sites, State, finite
+
+Rows = TypeVar("Rows")
+"""What a trainer trains on: a client's encoded rows."""
+Fitted = TypeVar("Fitted", contravariant=True)
+
+Flow = Coroutine[Any, Any, tuple[State, State]]
+
+
+class LocalTrainer(Protocol[Fitted]):
+    """What the simulator asks of a trainer."""
+
+    def fit(self, works: Sequence[tuple[Client, Work]], data: Sequence[Fitted], t: int, part: int = 0) -> list[Trained]:
+        """Train many clients' works together, in their order. `part` counts the works of a visit, and keys their batches."""
+        ...
+
+
+class Simulation(Generic[Rows]):
+    """An engine whose clients are here, in cohorts of `cohort` that train together.
+
+    `data` gives a client's rows; `fresh` is what a client that never took part keeps (the common head); `proxy` is the server
+    as a client with rows of its own; `secret` keys the clients' secret generators, None draws them from the operating system;
+    `score` and `write` evaluate and export the model of a work.
+    """
+
+    def __init__(
+        self,
+        trainer: LocalTrainer[Rows],
+        sites: Sites,
+        data: Callable[[str], Rows],
+        *,
+        client_states: ClientStates | None = None,
+        fresh: State | None = None,
+        cohort: int = 16,
+        proxy: Client | None = None,
+        secret: int | None = None,
+        score: Callable[[Work], dict[str, float]] = lambda work: {},
+        write: Callable[[str, Work], None] = lambda client, work: None,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self.trainer, self.sites, self.data = trainer, sites, data
+        self.client_states = client_states or ClientStates()
+        self.fresh = fresh or {}
+        self.cohort, self.proxy, self.secret = cohort, proxy, secret
+        self.score, self.write, self.progress = score, write, progress
+        self._train_s = 0.0
+
+    def own(self, client: str) -> State:
+        """What the client keeps: what it stored last, or the fresh state."""
+        stored = self.client_states.get(client)
+        return self.fresh if stored is None else stored
+
+    def visit(self, client: Client, t: int) -> Visit:
+        """A client's part in round t."""
+        if self.secret is None:
+            return Visit(t, client, self.sites)
+        return Visit(t, client, self.sites, generator(self.secret, t, client.id, "secret"))
+
+    def model(self, method: Method, job: Job, t: int) -> Work:
+        """The client's own model as it stands after round t."""
+        client, received = job
+        return method.model(received, self.own(client.id), self.visit(client, t))
+
+    def visits(self, method: Method, round: Round) -> LocalVisits[Rows]:
+        return LocalVisits(self, method, round)
+
+    def personal(self, method: Method, jobs: Iterable[Job], t: int) -> Iterator[Answer | Failure]:
+        async def alone(client: Client, received: State) -> tuple[State, State]:
+            return {}, await method.personal(received, self.own(client.id), self.visit(client, t))
+
+        visits = LocalVisits(self, method, Round(t, (), 0, self.sites), alone)
+        yield from visits.run(jobs)
+        visits.close(())
+
+    def scores(self, method: Method, jobs: Iterable[Job], t: int) -> dict[str, dict[str, float]]:
+        return {job[0].id: self.score(self.model(method, job, t)) for job in jobs}
+
+    def export(self, method: Method, jobs: Iterable[Job], t: int) -> None:
+        keeping = set(self.client_states.clients())
+        for job in jobs:
+            if job[0].id in keeping:
+                self.write(job[0].id, self.model(method, job, t))
+
+    def stats(self) -> dict[str, Any]:
+        said = {"train_s": round(self._train_s, 4)}
+        self._train_s = 0.0
+        return said
+
+    def fit(self, works: Sequence[tuple[Client, Work]], t: int, part: int) -> list[Trained]:
+        """Train works together, timed."""
+        start = time.perf_counter()
+        try:
+            return self.trainer.fit(works, [self.data(client.id) for client, _ in works], t, part)
+        finally:
+            self._train_s += time.perf_counter() - start
+            self.progress(len(works))
+
+
+@dataclass
+class _Open:
+    """A visit that goes on."""
+
+    client: Client
+    flow: Flow
+    value: Any = None
+    """What it is sent next."""
+    parts: int = 0
+    """Works that it has had trained."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class LocalVisits(Generic[Rows]):
+    """The visits of one round, in lock step: a cohort's first works are trained together, then its second ones."""
+
+    def __init__(
+        self,
+        engine: Simulation[Rows],
+        method: Method,
+        round: Round,
+        start: Callable[[Client, State], Flow] | None = None,
+    ) -> None:
+        self.engine, self.method, self.round = engine, method, round
+        self._start = start or self._client
+        self._waiting: dict[str, _Open] = {}
+        self._ended: set[str] = set()
+        engine.client_states.discard()
+
+    def exchange(self, jobs: Iterable[Job], x: Exchange[Any]) -> Iterator[Answer | Failure | Total]:
+        return iter(self.run(jobs))
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Answer | Failure]:
+        """Begin or go on with each job's visit until it sends something."""
+        stream = iter(jobs)
+        while group := list(islice(stream, self.engine.cohort)):
+            live = [self._opened(client, received) for client, received in group]
+            order = [client.id for client, _ in group]
+            del group
+            done: dict[str, Answer | Failure] = {}
+            try:
+                self._lock_step(live, done)
+            except BaseException:
+                for one in live:
+                    one.flow.close()
+                raise
+            del live
+            for key in order:
+                yield done.pop(key)
+
+    def serve(self, work: Work) -> Trained:
+        if (server := self.engine.proxy) is None:
+            raise ConfigError(
+                f"{self.method.name} trains on the server's own data in round {self.round.t}, but there is none: "
+                "name its rows, task.proxy_data"
+            )
+        return self.engine.fit([(server, work)], self.round.t, 0)[0]
+
+    def close(self, live: Collection[str]) -> None:
+        waiting = ", ".join(key for key in self._waiting if key in live)
+        for one in self._waiting.values():
+            one.flow.close()
+        self._waiting = {}
+        if waiting:
+            raise MethodError(
+                f"round {self.round.t} ended while clients {waiting} await an answer to Send: "
+                "`server` must await one exchange more than `client` sends"
+            )
+        self.engine.client_states.commit()
+
+    def _client(self, client: Client, received: State) -> Flow:
+        return self.method.client(received, self.engine.own(client.id), self.engine.visit(client, self.round.t))
+
+    def _opened(self, client: Client, received: State) -> _Open:
+        if (one := self._waiting.pop(client.id, None)) is not None:
+            one.value = received
+            return one
+        if client.id in self._ended:
+            raise MethodError(
+                f"round {self.round.t} goes on, but the visit of client {client.id!r} has ended: "
+                "`client` must await Send once for each exchange but the last"
+            )
+        flow = self._start(client, received)
+        if not inspect.iscoroutine(flow):
+            raise MethodError(f"{self.method.name}.client is no coroutine function: write `async def client`")
+        return _Open(client, flow)
+
+    def _lock_step(self, live: list[_Open], done: dict[str, Answer | Failure]) -> None:
+        while live:
+            asked = [(one, work) for one in live if (work := self._advance(one, done)) is not None]
+            live = [one for one, _ in asked]
+            for part in sorted({one.parts for one in live}):
+                now = [(one, work) for one, work in asked if one.parts == part]
+                trained = self.engine.fit([(one.client, work) for one, work in now], self.round.t, part)
+                for (one, _), result in zip(now, trained, strict=True):
+                    one.value, one.parts = result, part + 1
+                    # The first work's are the client's: what follows it trains something of its own.
+                    one.metrics = one.metrics or result.metrics | {"loss": result.loss}
+            del asked
+
+    def _advance(self, one: _Open, done: dict[str, Answer | Failure]) -> Work | None:
+        """The work that the visit awaits next, or None if it answered."""
+        value, one.value = one.value, None
+        try:
+            asked = one.flow.send(value)
+        except StopIteration as stop:
+            self._ended.add(one.client.id)
+            done[one.client.id] = self._returned(one, stop.value)
+            return None
+        except Exception as error:
+            error.add_note(f"in the visit of client {one.client.id!r}, round {self.round.t}, after {one.parts} works")
+            raise
+        if isinstance(asked, Work):
+            return asked
+        if isinstance(asked, Send):
+            self._waiting[one.client.id] = one
+            done[one.client.id] = Answer(one.client, asked.state, one.metrics)
+            return None
+        one.flow.close()
+        raise MethodError(f"{self.method.name}.client awaited {type(asked).__name__}, expected Work or Send")
+
+    def _returned(self, one: _Open, value: object) -> Answer | Failure:
+        if not (isinstance(value, tuple) and len(value) == 2 and all(isinstance(x, dict) for x in value)):
+            raise MethodError(f"{self.method.name}.client returned {type(value).__name__}, expected (sent, kept)")
+        sent, keeps = value
+        if not finite(keeps):
+            # What a client keeps is its own for ever: a NaN would never leave it.
+            return Failure(one.client, "training diverged: what the client would keep is not finite")
+        self.engine.client_states.stage(one.client.id, keeps, self.round.t)
+        return Answer(one.client, sent, one.metrics)
