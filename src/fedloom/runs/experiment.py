@@ -1,6 +1,6 @@
 """An experiment: everything that a run works with, made once from its configuration and never changed.
 
-    RunConfig ──plan──► Plan ──tables, partition──► clients ──load──► base model ──adapt──► Experiment
+RunConfig ──plan──► Plan ──tables, partition──► clients ──load──► base model ──adapt──► Experiment
 """
 
 from __future__ import annotations

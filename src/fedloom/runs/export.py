@@ -23,7 +23,7 @@ def factors(work: Work) -> tuple[Group, Group, float]:
     A, B, gate = work.adapter(work.train, work.fixed)
     if gate is not None:
         raise ModelError(
-            "this model weighs its ranks by the input, which no PEFT adapter can: evaluate it from the run, or export it without"
+            "this model weighs its ranks by the input, which no PEFT adapter can: use it from the run's checkpoint"
         )
     if not work.base:
         return A, B, work.scale

@@ -1,31 +1,35 @@
 """A node of a run on many machines: its model, its rows and what its clients keep, behind a worker.
 
-Two kinds. A *share* is one of the nodes of a run on one machine: it takes the configuration from the server, which started it,
-and serves whichever clients the server gives it. A *site*
-has its own copy of the run file and its own rows, and takes part only in a run that asks of it what that file says.
+A *local node* is one of the nodes of a run on one machine: it takes the configuration from the server, which started it, and
+serves whichever clients the server gives it. A *remote node* has its own copy of the run file and its own rows, and takes part
+only in a run that asks of it what that file says.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedloom.core import Client, Failure, State, Upload
+from fedloom.client import Client
+from fedloom.core import Method
 from fedloom.data import hub
-from fedloom.engines import kept
-from fedloom.engines.inprocess import InProcess
-from fedloom.engines.worker import Worker
 from fedloom.errors import ConfigError
+from fedloom.flower.worker import Worker
+from fedloom.models.huggingface import Base
 from fedloom.runs import evaluate, export
-from fedloom.runs.assemble import Parts
 from fedloom.runs.config import RunConfig, parse
+from fedloom.runs.experiment import Experiment, experiment
+from fedloom.runs.plan import Plan, plan
+from fedloom.runs.tables import Tables, tables
+from fedloom.simulation import Simulation
 
 LOCAL = {
     "model": ("name", "device", "attention", "checkpointing"),
@@ -57,131 +61,114 @@ def differences(ours: dict[str, Any], theirs: Any) -> list[str]:
     return found
 
 
-class _Base:
+class _Loaded:
     """The base model of this process: loaded once, and handed from run to run while they ask for the same one."""
 
     def __init__(self) -> None:
         self.loads = 0
-        self._parts: Parts | None = None
+        self._last: Experiment | None = None
 
-    def into(self, parts: Parts) -> None:
-        """Give a run's parts the model that is loaded, or let them load theirs."""
-        old = self._parts
+    def experiment(self, planned: Plan, labels: list[str] | None, only_client: str | None) -> Experiment:
+        """The experiment of a plan, on the model that is loaded if that is the one it asks for."""
+        old, self._last = self._last, None
+        table: Tables | None = None
         if old is not None:
             old.trainer.close()
-        if old is not None and _model_of(old) == _model_of(parts):
-            parts.base = old.base
-            if old.config.task == parts.config.task:
-                parts.tables = old.tables
+            table = old.tables if old.config.task == planned.config.task else None
+        table = table or tables(planned.config)
+        if labels is not None:
+            table = replace(table, labels=labels)
+        base: Base | None = None
+        if old is not None and _model_of(old.config, old.tables) == _model_of(planned.config, table):
+            base = old.base
         else:
-            self._parts = None  # two models are not held at once
-            _ = parts.base
             self.loads += 1
-        _ = parts.trainer
-        self._parts = parts
+        del old  # two models are not held at once
+        self._last = experiment(planned, table=table, base=base, only_client=only_client)
+        return self._last
 
 
-def _model_of(parts: Parts) -> object:
-    c = parts.config
-    return c.model, c.task.kind, c.seed, parts.tables.labels
+def _model_of(c: RunConfig, table: Tables) -> object:
+    return c.model, c.task.kind, c.seed, table.labels
 
 
-class LocalNode:
-    """What a worker works with. `assemble` makes a run's parts, its clients here and its folder from the server's words."""
+class FlowerNode:
+    """What a worker works with. `agreed` gives a run's plan, labels, only client and folder from the server's words."""
 
-    def __init__(self, assemble: Callable[[dict[str, Any]], tuple[Parts, list[Client], Path]]) -> None:
-        self._assemble = assemble
-        self._base = _Base()
-        self._run: tuple[Parts, InProcess, Path] | None = None
+    def __init__(self, agreed: Callable[[dict[str, Any]], tuple[Plan, list[str] | None, str | None, Path]]) -> None:
+        self._agreed = agreed
+        self._loaded = _Loaded()
+        self._run: tuple[Experiment, Simulation[Any], Path] | None = None
 
     @property
     def loads(self) -> int:
-        return self._base.loads
+        return self._loaded.loads
 
     @property
     def folder(self) -> Path:
         return self._now()[2] / "kept"
 
-    def _now(self) -> tuple[Parts, InProcess, Path]:
+    @property
+    def method(self) -> Method:
+        return self._now()[0].method
+
+    @property
+    def engine(self) -> Simulation[Any]:
+        """The simulator of this node's clients."""
+        return self._now()[1]
+
+    def _now(self) -> tuple[Experiment, Simulation[Any], Path]:
         if self._run is None:
             raise ConfigError("no run is set up here")
         return self._run
 
     def setup(self, header: dict[str, Any]) -> list[Client]:
-        parts, clients, folder = self._assemble(header)
-        self._base.into(parts)
-        if header.get("model") != parts.base.sha256:
+        planned, labels, only_client, folder = self._agreed(header)
+        self._run = None
+        e = self._loaded.experiment(planned, labels, only_client)
+        if header.get("model") != e.base.sha256:
             raise ConfigError("the base model here is not the server's: its sha256 differs")
-        engine = InProcess(parts.trainer, parts.sites, parts.rows_of, fresh=parts.head, cohort=1)
-        self._run = parts, engine, folder
-        return clients
-
-    def _engine(self, t: int, forget: Sequence[Client] = ()) -> tuple[Parts, InProcess]:
-        """With what clients kept before round t."""
-        parts, engine, _ = self._now()
-        engine.kept = kept.before(self.folder, t)
-        kept.forget(self.folder, engine.kept, [client.id for client in forget])
-        return parts, engine
-
-    def train(self, clients: Sequence[Client], received: Sequence[State], t: int) -> list[Upload | Failure]:
-        parts, engine = self._engine(t, clients)
-        return list(engine.run(parts.method, zip(clients, received, strict=True), t))
-
-    def personal(self, clients: Sequence[Client], received: Sequence[State], t: int) -> list[Upload | Failure]:
-        parts, engine = self._engine(t, clients)
-        return list(engine.personalise(parts.method, zip(clients, received, strict=True), t))
-
-    def evaluate(self, clients: Sequence[Client], received: Sequence[State], t: int) -> list[dict[str, float]]:
-        parts, engine = self._engine(t + 1)
-        return [
-            evaluate.score(
-                parts,
-                parts.method,
-                parts.method.prepare(state, engine.own(client.id), parts.sites, client, 0),
-                parts.eval_rows,
-            )
-            for client, state in zip(clients, received, strict=True)
-        ]
-
-    def export(self, clients: Sequence[Client], received: Sequence[State], t: int) -> None:
-        parts, engine = self._engine(t + 1)
-        for client, state in zip(clients, received, strict=True):
-            if engine.kept.get(client.id) is not None:
-                work = parts.method.prepare(state, engine.own(client.id), parts.sites, client, 0)
-                export.write(parts, parts.method, work, self._now()[2] / "clients" / client.id / "adapter")
+        engine: Simulation[Any] = Simulation(
+            e.trainer,
+            e.sites,
+            e.rows_of,
+            fresh=e.head,
+            cohort=1,
+            score=lambda work: evaluate.score(e, work),
+            write=lambda client, work: export.write(e, work, folder / "clients" / client / "adapter"),
+        )
+        self._run = e, engine, folder
+        return e.clients
 
 
-def share() -> LocalNode:
+def local_node() -> FlowerNode:
     """A node of the server's own machine, for any client of any run that the server names."""
 
-    def assemble(header: dict[str, Any]) -> tuple[Parts, list[Client], Path]:
-        parts = Parts(parse(tomllib.loads(header["config"]), "the server's configuration"))
-        return parts, parts.clients, Path(header["folder"])
+    def agreed(header: dict[str, Any]) -> tuple[Plan, list[str] | None, str | None, Path]:
+        config = parse(tomllib.loads(header["config"]), "the server's configuration")
+        return plan(config), None, None, Path(header["folder"])
 
-    return LocalNode(assemble)
+    return FlowerNode(agreed)
 
 
-def site(config: RunConfig, client: str, folder: Path) -> LocalNode:
+def remote_node(config: RunConfig, client: str, folder: Path) -> FlowerNode:
     """A node with its own rows, those of `config.task.data`, and its one client's budget in `config.clients`."""
 
-    def assemble(header: dict[str, Any]) -> tuple[Parts, list[Client], Path]:
+    def agreed(header: dict[str, Any]) -> tuple[Plan, list[str] | None, str | None, Path]:
         if wrong := differences(agreement(config), header.get("agreement")):
             raise ConfigError(f"the server's run is not the one of this node's run file: {', '.join(wrong)} differ")
-        parts = Parts(config)
         labels = header.get("labels")
         if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels):
             raise ConfigError("the server named no labels")
-        parts.tables = replace(parts.tables, labels=labels)
-        parts.partition = {client: list(range(len(parts.tables.train)))}
         run = str(header.get("run"))
         if not run.isalnum():
             raise ConfigError("the server's run has no name")
-        return parts, parts.clients, folder / run
+        return plan(config), labels, client, folder / run
 
-    return LocalNode(assemble)
+    return FlowerNode(agreed)
 
 
-def serve(node: LocalNode, path: Path, threads: int | None) -> None:
+def serve(node: FlowerNode, path: Path, threads: int | None) -> None:
     """Be a worker until the process is ended."""
     hub.quiet()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -192,13 +179,19 @@ def serve(node: LocalNode, path: Path, threads: int | None) -> None:
     Worker(node).serve(path)
 
 
+def local_worker(path: Path, threads: int | None) -> list[str]:
+    """The command of a worker that serves whatever client of whatever run the server names."""
+    more = [] if threads is None else ["--threads", str(threads)]
+    return [sys.executable, "-m", "fedloom.runs.flower_node", "--socket", str(path), *more]
+
+
 def main() -> None:
-    """The worker of a share."""
+    """The worker of a local node."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
-    serve(share(), args.socket, args.threads)
+    serve(local_node(), args.socket, args.threads)
 
 
 if __name__ == "__main__":

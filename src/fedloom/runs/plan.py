@@ -70,7 +70,9 @@ def _allocated(config: RunConfig, name: str, path: Path) -> list[float]:
             f"`fedloom allocate FLEET.toml --out {path}`"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{where}: {str(path)!r} is no allocation ({error}), expected JSON with a table {name}") from None
+        raise ConfigError(
+            f"{where}: {str(path)!r} is no allocation ({error}), expected JSON with a table {name}"
+        ) from None
     if config.clients.count is not None and len(rates) != config.clients.count:
         raise ConfigError(
             f"{where}: {str(path)!r} plans {len(rates)} devices, expected {config.clients.count} (clients.count)"

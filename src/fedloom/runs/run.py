@@ -22,8 +22,8 @@ from fedloom.loop import Record, federate, in_order
 from fedloom.runs import evaluate, export, flower_server
 from fedloom.runs.config import RunConfig
 from fedloom.runs.experiment import Experiment, experiment
+from fedloom.runs.network import plan as radio_cost
 from fedloom.runs.plan import absolute
-from fedloom.runs.radio_cost import radio_cost
 from fedloom.runs.record import Scores, line
 from fedloom.runs.run_directory import RunDirectory, digest_file, digest_files
 from fedloom.simulation import Simulation
@@ -146,7 +146,7 @@ class _Run:
             self.engine, e = flower_server.coordinator(transport, run, e, here, observer.doing)
         self.e = e
         self.rounds = e.config.train.rounds
-        self.radio = radio_cost(e.config, e.clients)
+        self.radio = radio_cost(e) if e.config.network is not None else None
         self._trained = 0
         self._personal = e.method.personal_models
 
