@@ -339,10 +339,11 @@ class ToyTrainer:
         leaves = [x for group in train.values() for x in group.values()]
         lr = self.lr * work.lr
         step: torch.optim.Optimizer
-        if self.optimizer == "adamw":
+        optimizer = work.optimizer or self.optimizer
+        if optimizer == "adamw":
             step = torch.optim.AdamW(leaves, lr=lr, weight_decay=0.1)
         else:
-            step = torch.optim.SGD(leaves, lr=lr, momentum=0.9 if self.optimizer == "momentum" else 0.0)
+            step = torch.optim.SGD(leaves, lr=lr, momentum=0.9 if optimizer == "momentum" else 0.0)
         key = (self.seed, t, client.id, "batches", *((part,) if part else ()))
         rng = np.random.default_rng(seed_of(*key))
         losses = []
