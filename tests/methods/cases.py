@@ -204,9 +204,7 @@ CASES = [
         _of("fedlora_optimizer", average="factors", convention="row"),
         payload=turns,
     ),
-    Case(
-        "fedlora_optimizer, rank", _of("fedlora_optimizer", convention="rank", lambda_global=0.1), payload=turns
-    ),
+    Case("fedlora_optimizer, rank", _of("fedlora_optimizer", convention="rank", lambda_global=0.1), payload=turns),
     Case(
         "fedlora_optimizer, feature, no turns",
         _of("fedlora_optimizer", convention="feature", global_phase="none", renorm_after_average=False),
@@ -325,9 +323,7 @@ class ToyTrainer:
         error: Tensor = (x @ head["head.weight"].to(dtype).T + head["head.bias"].to(dtype) - y).square().mean()
         return error
 
-    def fit(
-        self, works: Sequence[tuple[Client, Work]], data: Sequence[Rows], t: int, part: int = 0
-    ) -> list[Trained]:
+    def fit(self, works: Sequence[tuple[Client, Work]], data: Sequence[Rows], t: int, part: int = 0) -> list[Trained]:
         """Train each client's work on its data."""
         self.passes.append((t, part, tuple(client.id for client, _ in works)))
         return [self._one(client, work, rows, t, part) for (client, work), rows in zip(works, data, strict=True)]
@@ -377,7 +373,9 @@ class _ShuffledVisits(LocalVisits[Rows]):
         yield from (results[i] for i in order)
 
 
-def engine(trainer: ToyTrainer | None = None, kind: type[Simulation[Rows]] = Simulation, **options: Any) -> Simulation[Rows]:
+def engine(
+    trainer: ToyTrainer | None = None, kind: type[Simulation[Rows]] = Simulation, **options: Any
+) -> Simulation[Rows]:
     """The simulator on the toy, in cohorts of 3, with the server's own data."""
     given = {"cohort": 3, "fresh": {"head": first_head()}, "proxy": SERVER, "secret": 0} | options
     return kind(trainer or ToyTrainer(), SITES, rows, **given)
