@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from fedloom.core import Client, Engine, Sampler
-from fedloom.engines import local
-from fedloom.engines.codec import Form
-from fedloom.engines.link import Link
-from fedloom.engines.remote import Remote, Terms
+from fedloom.client import Client
+from fedloom.engine import Engine
 from fedloom.errors import ConfigError
-from fedloom.loop import some
+from fedloom.flower import sandbox
+from fedloom.flower.codec import Form
+from fedloom.flower.coordinator import Coordinator, RoundPolicy
+from fedloom.flower.transport import Transport
 from fedloom.runs.assemble import Parts
 from fedloom.runs.directory import RunDirectory, digest_file
-from fedloom.runs.node import agreement
+from fedloom.runs.flower_node import agreement
+from fedloom.sampling import Sampler, fraction
 
 _FORMS: dict[str, Form] = {"float32": "raw", "bfloat16": "bfloat16", "int8": "int8"}
 
 
 @contextmanager
-def connected(run: RunDirectory, parts: Parts, say: Callable[[str], None]) -> Iterator[Link | None]:
-    """The link to the run's nodes while the block lasts, or None if its clients are in this process.
+def connected(run: RunDirectory, parts: Parts, on_status: Callable[[str], None]) -> Iterator[Transport | None]:
+    """The transport to the run's nodes while the block lasts, or None if its clients are in this process.
 
     Without engine.superlink a whole deployment is started on this machine, and stopped after.
     """
@@ -34,60 +37,79 @@ def connected(run: RunDirectory, parts: Parts, say: Callable[[str], None]) -> It
         yield None
         return
     if c.superlink is not None:
-        say(f"waiting for the SuperLink at {c.superlink}")
+        on_status(f"waiting for the SuperLink at {c.superlink}")
         certificates = None if c.root_certificates is None else Path(c.root_certificates)
         with tempfile.TemporaryDirectory(prefix="fedloom-") as folder:
-            link = local.lend(c.superlink, Path(folder) / "home", Path(folder) / "link", certificates)
+            transport = sandbox.lend(c.superlink, Path(folder) / "home", Path(folder) / "link", certificates)
             try:
-                yield link
+                yield transport
             finally:
-                link.close()
+                transport.close()
         return
-    say("starting a SuperLink and its nodes")
-    with local.Deployment(nodes(parts), run.path / "logs", c.threads) as deployment:
-        link = deployment.connect()
+    on_status("starting a SuperLink and its nodes")
+    with sandbox.Deployment(nodes(parts), run.path / "logs", local_worker(c.threads)) as deployment:
+        transport = deployment.connect()
         try:
-            yield link
+            yield transport
         finally:
-            link.close()
+            transport.close()
 
 
-def engine(link: Link, run: RunDirectory, parts: Parts, own: Engine, say: Callable[[str], None]) -> Remote:
-    """The engine over a link, once the run's clients have announced themselves. Sets `parts.clients` to those."""
+def local_worker(threads: int | None) -> Callable[[Path], list[str]]:
+    """Socket -> the command of a worker that serves whatever client of whatever run the server names."""
+    more = [] if threads is None else ["--threads", str(threads)]
+    return lambda path: [sys.executable, "-m", "fedloom.runs.flower_node", "--socket", str(path), *more]
+
+
+def coordinator(
+    transport: Transport, run: RunDirectory, parts: Parts, local: Engine, on_status: Callable[[str], None]
+) -> Coordinator:
+    """The engine over a transport, once the run's clients have announced themselves. Sets `parts.clients` to those."""
     c = parts.config
-    setup = {
-        "run": hashlib.sha256(f"{run.path.resolve()} {digest_file(run.config_file)}".encode()).hexdigest()[:16],
-        "agreement": agreement(c),
+    here = c.engine.superlink is None
+    if not here and c.clients.count is None:
+        raise ConfigError("clients.count is missing: say how many clients the run waits for")
+    count = len(parts.clients) if here or c.clients.count is None else c.clients.count
+    policy = RoundPolicy(
+        deadline_s=c.engine.deadline_s,
+        enough=max(1, round(c.clients.fraction * count)) if c.engine.oversample > 0 else None,
+        form=_FORMS[c.engine.wire],
+    )
+    engine = Coordinator(
+        transport,
+        setup(run, parts),
+        policy,
+        local,
+        roster=parts.clients if here else None,
+        check=parts.method.check,
+        metrics={"loss", *parts.tables.metrics},
+        on_status=on_status,
+    )
+    if here:
+        engine.wait_for_nodes(nodes(parts), c.engine.patience_s)
+        return engine
+    known = run.manifest().get("clients") if (run.checkpoint / "latest.json").exists() else None
+    if known is None:
+        parts.clients = engine.wait_for_clients(count, c.engine.patience_s)
+    else:
+        # The run began with these: who is not back yet is left out of the rounds until it is.
+        engine.wait_for_clients(min(c.engine.quorum, len(known)), c.engine.patience_s)
+        parts.clients = [Client.from_dict({"id": id} | values) for id, values in sorted(known.items())]
+    return engine
+
+
+def setup(run: RunDirectory, parts: Parts) -> dict[str, Any]:
+    """What a node must know of a run to take part."""
+    name = hashlib.sha256(f"{run.path.resolve()} {digest_file(run.config_file)}".encode()).hexdigest()[:16]
+    said = {
+        "run": name,
+        "agreement": agreement(parts.config),
         "labels": parts.tables.labels,
         "model": parts.base.sha256,
     }
-    here = c.engine.superlink is None
-    if here:  # nodes of this very machine, started by us: they read what we read
-        setup |= {"config": c.to_toml(), "folder": str(run.path.resolve())}
-    elif c.clients.count is None:
-        raise ConfigError("clients.count is missing: say how many clients the run waits for")
-    count = len(parts.clients) if here else c.clients.count
-    assert count is not None
-    share = c.clients.fraction
-    terms = Terms(
-        deadline_s=c.engine.deadline_s,
-        enough=max(1, round(share * count)) if c.engine.oversample > 0 else None,
-        form=_FORMS[c.engine.wire],
-    )
-    remote = Remote(link, setup, terms, own, say, parts.clients if here else None)
-    if here:
-        remote.muster(nodes(parts), c.engine.patience_s)
-        return remote
-    known = run.manifest().get("clients") if (run.checkpoint / "latest.json").exists() else None
-    if known is None:
-        parts.clients = remote.gather(count, c.engine.patience_s)
-    else:
-        # The run began with these: who is not back yet is left out of the rounds until it is.
-        remote.gather(min(c.engine.quorum, len(known)), c.engine.patience_s)
-        parts.clients = [Client(id, x["examples"], x["rank"], x["keep"]) for id, x in sorted(known.items())]
-    for client in parts.clients:
-        parts.method.check(client)
-    return remote
+    if parts.config.engine.superlink is None:  # nodes of this very machine, started by us: they read what we read
+        said |= {"config": parts.config.to_toml(), "folder": str(run.path.resolve())}
+    return said
 
 
 def nodes(parts: Parts) -> int:
@@ -101,4 +123,4 @@ def sampler(parts: Parts) -> Sampler:
     more = 1.0 + (c.engine.oversample if c.engine.name != "inprocess" else 0.0)
     wanted = max(1, round(c.clients.fraction * len(parts.clients)))
     share = math.ceil(wanted * more) / len(parts.clients) if more > 1 else c.clients.fraction
-    return some(min(1.0, share), c.seed)
+    return fraction(min(1.0, share), c.seed)
