@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,10 +17,9 @@ from typing import Any
 
 import torch
 
-from fedloom.client import Client
-from fedloom.core import Method
 from fedloom.data import hub
 from fedloom.errors import ConfigError
+from fedloom.flower.node_visits import NodeRun
 from fedloom.flower.worker import Worker
 from fedloom.models.huggingface import Base
 from fedloom.runs import evaluate, export
@@ -92,41 +90,21 @@ def _model_of(c: RunConfig, table: Tables) -> object:
     return c.model, c.task.kind, c.seed, table.labels
 
 
-class FlowerNode:
+class RunNode:
     """What a worker works with. `agreed` gives a run's plan, labels, only client and folder from the server's words."""
 
     def __init__(self, agreed: Callable[[dict[str, Any]], tuple[Plan, list[str] | None, str | None, Path]]) -> None:
         self._agreed = agreed
         self._loaded = _Loaded()
-        self._run: tuple[Experiment, Simulation[Any], Path] | None = None
 
     @property
     def loads(self) -> int:
         return self._loaded.loads
 
-    @property
-    def folder(self) -> Path:
-        return self._now()[2] / "kept"
-
-    @property
-    def method(self) -> Method:
-        return self._now()[0].method
-
-    @property
-    def engine(self) -> Simulation[Any]:
-        """The simulator of this node's clients."""
-        return self._now()[1]
-
-    def _now(self) -> tuple[Experiment, Simulation[Any], Path]:
-        if self._run is None:
-            raise ConfigError("no run is set up here")
-        return self._run
-
-    def setup(self, header: dict[str, Any]) -> list[Client]:
-        planned, labels, only_client, folder = self._agreed(header)
-        self._run = None
+    def setup(self, setup: dict[str, Any]) -> NodeRun:
+        planned, labels, only_client, folder = self._agreed(setup)
         e = self._loaded.experiment(planned, labels, only_client)
-        if header.get("model") != e.base.sha256:
+        if setup.get("model") != e.base.sha256:
             raise ConfigError("the base model here is not the server's: its sha256 differs")
         engine: Simulation[Any] = Simulation(
             e.trainer,
@@ -137,38 +115,37 @@ class FlowerNode:
             score=lambda work: evaluate.score(e, work),
             write=lambda client, work: export.write(e, work, folder / "clients" / client / "adapter"),
         )
-        self._run = e, engine, folder
-        return e.clients
+        return NodeRun(e.clients, e.method, engine, folder)
 
 
-def local_node() -> FlowerNode:
+def local_node() -> RunNode:
     """A node of the server's own machine, for any client of any run that the server names."""
 
-    def agreed(header: dict[str, Any]) -> tuple[Plan, list[str] | None, str | None, Path]:
-        config = parse(tomllib.loads(header["config"]), "the server's configuration")
-        return plan(config), None, None, Path(header["folder"])
+    def agreed(setup: dict[str, Any]) -> tuple[Plan, list[str] | None, str | None, Path]:
+        config = parse(tomllib.loads(setup["config"]), "the server's configuration")
+        return plan(config), None, None, Path(setup["folder"])
 
-    return FlowerNode(agreed)
+    return RunNode(agreed)
 
 
-def remote_node(config: RunConfig, client: str, folder: Path) -> FlowerNode:
+def remote_node(config: RunConfig, client: str, folder: Path) -> RunNode:
     """A node with its own rows, those of `config.task.data`, and its one client's budget in `config.clients`."""
 
-    def agreed(header: dict[str, Any]) -> tuple[Plan, list[str] | None, str | None, Path]:
-        if wrong := differences(agreement(config), header.get("agreement")):
+    def agreed(setup: dict[str, Any]) -> tuple[Plan, list[str] | None, str | None, Path]:
+        if wrong := differences(agreement(config), setup.get("agreement")):
             raise ConfigError(f"the server's run is not the one of this node's run file: {', '.join(wrong)} differ")
-        labels = header.get("labels")
+        labels = setup.get("labels")
         if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels):
             raise ConfigError("the server named no labels")
-        run = str(header.get("run"))
+        run = str(setup.get("run"))
         if not run.isalnum():
             raise ConfigError("the server's run has no name")
         return plan(config), labels, client, folder / run
 
-    return FlowerNode(agreed)
+    return RunNode(agreed)
 
 
-def serve(node: FlowerNode, path: Path, threads: int | None) -> None:
+def serve(node: RunNode, path: Path, threads: int | None) -> None:
     """Be a worker until the process is ended."""
     hub.quiet()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -177,12 +154,6 @@ def serve(node: FlowerNode, path: Path, threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     Worker(node).serve(path)
-
-
-def local_worker(path: Path, threads: int | None) -> list[str]:
-    """The command of a worker that serves whatever client of whatever run the server names."""
-    more = [] if threads is None else ["--threads", str(threads)]
-    return [sys.executable, "-m", "fedloom.runs.flower_node", "--socket", str(path), *more]
 
 
 def main() -> None:

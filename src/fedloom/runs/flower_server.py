@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from fedloom.flower.coordinator import Coordinator, RoundPolicy
 from fedloom.flower.transport import Transport
 from fedloom.runs.config import RunConfig
 from fedloom.runs.experiment import Experiment, with_clients
-from fedloom.runs.flower_node import agreement, local_worker
+from fedloom.runs.flower_node import agreement
 from fedloom.runs.run_directory import RunDirectory, digest_file
 from fedloom.sampling import Sampler, fraction
 
@@ -43,12 +44,18 @@ def connected(run: RunDirectory, e: Experiment, on_status: Callable[[str], None]
                 transport.close()
         return
     on_status("starting a SuperLink and its nodes")
-    with sandbox.Deployment(node_count(e), run.path / "logs", local_worker, c.threads) as deployment:
+    with sandbox.Deployment(node_count(e), run.path / "logs", local_worker(c.threads)) as deployment:
         transport = deployment.connect()
         try:
             yield transport
         finally:
             transport.close()
+
+
+def local_worker(threads: int | None) -> Callable[[Path], list[str]]:
+    """Socket -> the command of a worker that serves whatever client of whatever run the server names."""
+    more = [] if threads is None else ["--threads", str(threads)]
+    return lambda path: [sys.executable, "-m", "fedloom.runs.flower_node", "--socket", str(path), *more]
 
 
 def coordinator(
