@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from fedloom import slices
-from fedloom.core import State
+from fedloom.state import State
 from fedloom.slices import Cut
 
 
