@@ -14,8 +14,8 @@ import torch
 
 from fedloom import checkpoint
 from fedloom.checkpoint import ClientStates
-from fedloom.state import State
 from fedloom.errors import RunError
+from fedloom.state import State
 
 
 def state(t: int) -> State:

@@ -147,9 +147,7 @@ def test_global_phase_turns_A_and_leaves_the_rest(convention: str) -> None:
     assert all(torch.equal(after["head"][k], x) for k, x in state["head"].items())
     free = method(convention=convention, renorm_direction=False)
     moved, _ = one_round(free, engine(ToyTrainer(steps=5)), state, [CLIENT], 2)
-    assert not torch.allclose(
-        dora.norm(moved["A"]["layers.0.in"], dim), dora.norm(state["A"]["layers.0.in"], dim)
-    )
+    assert not torch.allclose(dora.norm(moved["A"]["layers.0.in"], dim), dora.norm(state["A"]["layers.0.in"], dim))
 
 
 @conventions
