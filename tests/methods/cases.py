@@ -310,7 +310,8 @@ def update(work: Work, train: State | None = None) -> Group:
     """What a work adds to each frozen weight, dense: offset + scale * B @ A."""
     made = work.adapter(work.train if train is None else train, work.fixed)
     assert made.gate is None, "the toy has no gates"
-    delta = {site: work.scale * (made.B[site] @ made.A[site]) for site in made.A}
+    dtype = max((x.dtype for x in (*made.A.values(), *made.B.values())), key=lambda kind: kind.itemsize)
+    delta = {site: work.scale * (made.B[site].to(dtype) @ A.to(dtype)) for site, A in made.A.items()}
     for site, left in work.base.get("left", {}).items():
         right = work.base.get("right", {}).get(site)
         delta[site] = delta[site] + (left if right is None else left @ right)

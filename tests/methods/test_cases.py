@@ -46,8 +46,8 @@ from .elsewhere import Elsewhere
 from .fedask import FedASK
 from .secure import BITS, SecureSum
 
-FEDASK = Case("fedask", {"name": f"{FedASK.__module__}:FedASK"})
-"""Two exchanges a round."""
+FEDASK = Case("fedask", {"name": f"{FedASK.__module__}:FedASK"}, replaces=False)
+"""Two exchanges a round; the server re-factors what clients trained."""
 
 every = pytest.mark.parametrize("case", [*CASES, FEDASK], ids=lambda case: case.label)
 one_exchange = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
@@ -457,18 +457,19 @@ def test_a_secure_sum_is_the_plain_mean(case: Case) -> None:
         at = engine(ToyTrainer(optimizer="sgd"), kind=kind, fresh={"head": first["head"]})
         means.append(federate(method, at, first, case.clients(), 2))
         if isinstance(at, SecureSum):
-            assert len(at.arrived) == len(EXAMPLES)
+            assert {client.id for client, _ in at.arrived} == set(EXAMPLES)
             for client, hidden in at.arrived:
                 whole = [x for group in hidden.values() for x in group.values() if x.numel() >= 12]
                 # Half of the masked numbers are above 2^61 in size; bare ones are below 2^50.
                 assert whole and all(x.abs().double().median() > 2**59 for x in whole), client.id
-    tolerance = len(EXAMPLES) * 2.0**-BITS
+    # Half a unit in the last place a client; a server optimiser divides by the size of a change, a
+    # factorisation by gaps between singular values.
+    tolerance = len(EXAMPLES) * 2.0**-BITS * (1 if case.replaces else 1e3)
     plain, secret = means
     assert plain.keys() == secret.keys()
     for role, group in plain.items():
         for site, x in group.items():
-            # A server optimiser divides by the size of a change, and a re-factored product by its singular values.
-            torch.testing.assert_close(secret[role][site], x, rtol=1e4 * tolerance, atol=1e2 * tolerance)
+            torch.testing.assert_close(secret[role][site], x, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.each], ids=lambda case: case.label)
@@ -557,8 +558,6 @@ def test_fedask_is_the_best_approximation_of_the_mean_product() -> None:
         torch.testing.assert_close(new["B"][site] @ new["A"][site], best, rtol=1e-10, atol=1e-12)
     q, both = RANK + 4, sum(SITES[s][0] for s in SITES)
     ins = sum(SITES[s][1] for s in SITES)
-    kept = sum(min(m, q) for m, _ in SITES.values())
-    del kept
     assert record.up.as_dict()["Y"] == 4 * 8 * q * both, "four clients, float64"
     assert record.up.as_dict()["Z"] == 4 * 8 * sum(n * min(m, q) for m, n in SITES.values())
     assert record.down.as_dict()["omega"] == 4 * 8 * q * ins
