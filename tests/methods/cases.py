@@ -427,10 +427,13 @@ def uploads(*sent: tuple[int, State]) -> list[Sent]:
     ]
 
 
-def after(method: Method, state: State, sent: Sequence[Sent], t: int = 1) -> State:
+def after(
+    method: Method, state: State, sent: Sequence[Sent], t: int = 1, report: dict[str, float] | None = None
+) -> State:
     """The server's next state, were these the uploads of round t: its coroutine driven by hand, without an engine."""
     sites = lora.sites_of(state) if {"A", "B"} <= state.keys() else SITES
-    flow = method.server(state, Round(t, tuple(client for client, _ in sent), len(sent), sites))
+    told = {} if report is None else report
+    flow = method.server(state, Round(t, tuple(client for client, _ in sent), len(sent), sites, told))
     answer: Any = None
     while True:
         try:

@@ -18,6 +18,7 @@ from fedloom.methods import build
 from fedloom.methods.fslora import FSLoRA, inclusion, systematic
 from fedloom.rng import generator
 from fedloom.spec import like
+from fedloom.state import only
 
 from .cases import (
     SITES,
@@ -242,32 +243,36 @@ def test_aggregate_by_hand() -> None:
         "sketch": {"seed": torch.tensor([1])},
         "idle": {"s": torch.tensor([[5, 0], [7, 2]])},
     }
-    uploads = []
+    uploads: list[Sent] = []
+    drawn = []
     for k in "abcd":
-        sent = received(m, state, Client(k, 9, 1), 1)
-        up = {role: {"s": sent[role]["s"] + 4} for role in "AB"} | {"sketch": sent["sketch"]}
-        uploads.append((float(sent["A"]["s"]), Upload(Client(k, 100 if k == "a" else 1, 1), up, 1)))
-    visits = Counter(int(a) for a, _ in uploads)
-    after = after(m, state, (upload for _, upload in uploads))
+        client = Client(k, 100 if k == "a" else 1, 1)
+        sent = received(m, state, client, 1)
+        uploads.append((client, {role: {"s": sent[role]["s"] + 4} for role in "AB"}))
+        drawn.append(int(sent["A"]["s"]))
+    visits, report = Counter(drawn), dict[str, float]()
+    new = after(m, state, uploads, report=report)
     want_A = [[1 + 4 * visits[1] / 4], [2 + 4 * visits[2] / 4]]
-    torch.testing.assert_close(after["A"]["s"], torch.tensor(want_A))
-    torch.testing.assert_close(after["B"]["s"], torch.tensor([[10.0 + visits[1], 20.0 + visits[2]]]))
+    torch.testing.assert_close(new["A"]["s"], torch.tensor(want_A))
+    torch.testing.assert_close(new["B"]["s"], torch.tensor([[10.0 + visits[1], 20.0 + visits[2]]]))
     gone = [0 if visits[1] else 6, 0 if visits[2] else 1]
-    assert after["idle"]["s"].tolist() == [gone, [max(7, gone[0]), max(2, gone[1])]]
-    assert after["report"]["longest_idle_rounds"].item() == 7
-    # By examples, the first client weighs 100 of 103.
-    heavy = method(rank=2, weights="examples").aggregate(state, [upload for _, upload in uploads])
-    share = {1: 0.0, 2: 0.0}
-    for a, upload in uploads:
-        share[int(a)] += upload.client.examples / 103
-    torch.testing.assert_close(heavy["A"]["s"], torch.tensor([[1 + 4 * share[1]], [2 + 4 * share[2]]]))
+    assert new["idle"]["s"].tolist() == [gone, [max(7, gone[0]), max(2, gone[1])]]
+    assert report == {"longest_idle_rounds": 7.0}
+    # By examples, the first client weighs 100 of 103: so FedIT has it, whose rule `auto` is.
+    for weights in ("examples", "auto"):
+        heavy = after(method(rank=2, weights=weights), state, uploads)
+        share = {1: 0.0, 2: 0.0}
+        for j, (client, _) in zip(drawn, uploads, strict=True):
+            share[j] += client.examples / 103
+        torch.testing.assert_close(heavy["A"]["s"], torch.tensor([[1 + 4 * share[1]], [2 + 4 * share[2]]]))
 
 
 def test_rows_that_nobody_drew_stay_bit_for_bit() -> None:
     m = method(rank=16)
     state = m.init(SITES, generator(0))
     state = state | {"B": {site: torch.randn(x.shape, generator=generator(1)) for site, x in state["B"].items()}}
-    uploads, drawn = [], {site: set[int]() for site in SITES}
+    uploads: list[Sent] = []
+    drawn = {site: set[int]() for site in SITES}
     for k in "abc":
         client = Client(k, 7, 2)
         sent = received(m, state, client, 1)
@@ -275,12 +280,12 @@ def test_rows_that_nobody_drew_stay_bit_for_bit() -> None:
             assert cut.rank is not None
             drawn[site] |= set(cut.rank.tolist())
         moved = {role: {site: x + 1 for site, x in sent[role].items()} for role in "AB"}
-        uploads.append(Upload(client, moved | {"sketch": sent["sketch"]}, 1))
-    after = after(m, state, uploads)
+        uploads.append((client, moved))
+    new = after(m, state, uploads)
     for site in SITES:
         for j in range(16):
-            still = torch.equal(after["A"][site][j], state["A"][site][j])
-            assert still == torch.equal(after["B"][site][:, j], state["B"][site][:, j]) == (j not in drawn[site])
+            still = torch.equal(new["A"][site][j], state["A"][site][j])
+            assert still == torch.equal(new["B"][site][:, j], state["B"][site][:, j]) == (j not in drawn[site])
 
 
 def test_step_is_unbiased() -> None:
@@ -394,16 +399,20 @@ def test_importance_sketch_is_unbiased() -> None:
     assert (without - want).norm() / want.norm() > 0.15
 
 
-def test_importance_sends_indices_and_weights_and_gets_the_indices_back() -> None:
+def test_importance_sends_indices_and_weights_and_gets_neither_back() -> None:
     m, state, client = method(sketch="importance"), trained_state(), Client("a", 1, 2)
     sent = received(m, state, client, 1)
-    assert sent["sketch"]["layers.0.in"].dtype == torch.int32
-    assert "sketch_weight" not in m.expected(sent, 1) and m.expected(sent, 1)["sketch"] is sent["sketch"]
+    assert sent["sketch"]["layers.0.in"].dtype == torch.int32 and sent["sketch_weight"]["layers.0.in"].shape == (2,)
+    flow = m.server(state, Round(1, (client,), 1, SITES))
+    x = flow.send(None)
+    flow.close()
+    assert isinstance(x, Exchange)
+    assert x.expects(client, sent) == like(sent, "A", "B", "head")
     assert set(received(m, state, replace(client, rank=4), 1)["sketch"]) == {"seed"}, "all of it needs no index"
 
 
 def test_full_rank_is_fedit_over_rounds_bit_for_bit() -> None:
-    plain, m = Case("", "fedit").method(), method()
+    plain, m = Case("", {"name": "fedit"}).method(), method()
     clients = [Client(k, 10, 4) for k in "abc"]
     first = start(plain)
     want = federate(plain, engine(), first, clients, 4)
@@ -413,11 +422,12 @@ def test_full_rank_is_fedit_over_rounds_bit_for_bit() -> None:
 
 def test_over_fedex_the_server_holds_the_mean_of_the_clients_models() -> None:
     """W0 + D of the server = sum_k p_k of the clients' models expanded to full rank, at scale alpha / r."""
-    m = method(over="fedex_lora", weights="examples")
+    m = method(over={"name": "fedex_lora"}, weights="examples")
     state: State = m.init(SITES, generator(0))
     clients = [Client("a", 3, 1), Client("b", 5, 3), Client("c", 2, 4)]
     for t in (1, 2, 3):
-        uploads, want = [], {site: torch.zeros(shape) for site, shape in SITES.items()}
+        uploads: list[Sent] = []
+        want = {site: torch.zeros(shape) for site, shape in SITES.items()}
         offset = {site: torch.zeros(shape) for site, shape in SITES.items()}
         for site, left in state.get("left", {}).items():
             right = state["right"].get(site)
@@ -426,13 +436,13 @@ def test_over_fedex_the_server_holds_the_mean_of_the_clients_models() -> None:
             sent = received(m, state, client, t)
             rng = generator(t, client.id)
             moved = {role: {s: x + torch.randn(x.shape, generator=rng) for s, x in sent[role].items()} for role in "AB"}
-            uploads.append(Upload(client, moved | {"sketch": sent["sketch"]}, t))
+            uploads.append((client, moved))
             full = slices.put(state, moved, m._cuts(sent["sketch"], SITES, client.rank))
             for site in SITES:
                 want[site] += client.examples / 10 * (offset[site] + 1.5 * full["B"][site] @ full["A"][site])
-        state = after(m, state, uploads)
+        state = after(m, state, uploads, t)
         whole = Client("a", 1, 4)
-        got = update(m, m.prepare(received(m, state, whole, 0), {}, SITES, whole, 0))
+        got = update(m.model(m.serve(state, whole), {}, Visit(t, whole, SITES)))
         for site in SITES:
             torch.testing.assert_close(got[site], want[site], rtol=1e-4, atol=1e-4)
 
@@ -468,14 +478,17 @@ def test_idle_gaps_over_rounds() -> None:
         assert cut is not None
         gaps = [0 if j in cut.tolist() else gaps[j] + 1 for j in range(8)]
         longest = max(longest, *gaps)
-        state = after(m, state, [Upload(Client("a", 1, 2), lora.only(sent, "A", "B", "sketch"), t)])
+        report: dict[str, float] = {}
+        state = after(m, state, [(Client("a", 1, 2), only(sent, "A", "B"))], t, report)
         assert state["idle"]["x"][0].tolist() == gaps
-        assert state["report"]["longest_idle_rounds"].item() == longest
+        assert report["longest_idle_rounds"] == longest
 
 
-@pytest.mark.parametrize("fields", [{"sketch": "random"}, {"weights": "x"}, {"over": "flexlora"}, {"over": "fslora"}])
-def test_refused(fields: dict[str, str]) -> None:
-    with pytest.raises(ConfigError):
+@pytest.mark.parametrize(
+    "fields", [{"sketch": "random"}, {"weights": "x"}, {"over": {"name": "flexlora"}}, {"over": {"name": "fslora"}}]
+)
+def test_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"\[method\] fslora"):
         method(**fields)
 
 
@@ -493,6 +506,20 @@ def test_rank_out_of_range(rank: int) -> None:
 
 def test_type_of_work() -> None:
     m = method()
-    work: Work = m.prepare(received(m, trained_state(), Client("a", 1, 2), 1), {}, SITES, Client("a", 1, 2), 1)
+    client = Client("a", 1, 2)
+    work: Work = first_work(m, received(m, trained_state(), client), client)
     group: Group = work.train["A"]
     assert set(work.train) == {"A", "B", "head"} and not work.fixed and group["layers.0.in"].shape == (2, 6)
+
+
+def test_a_model_to_use_is_not_sketched() -> None:
+    m, state, client = method(), trained_state(), Client("a", 1, 2)
+    made = update(m.model(m.serve(state, client), {}, Visit(3, client, SITES)))
+    for site in SITES:
+        torch.testing.assert_close(made[site], 1.5 * state["B"][site] @ state["A"][site], rtol=1e-12, atol=1e-12)
+
+
+def test_a_round_writes_its_gaps_into_the_record() -> None:
+    m = method()
+    state, record = one_round(m, engine(), start(m), Case("", {}, {"a": 1, "b": 1, "c": 1}).clients()[:3], 1)
+    assert record.report["longest_idle_rounds"] == max(int(gaps[1].max()) for gaps in state["idle"].values())
