@@ -151,6 +151,8 @@ class EngineSection(_Section):
     cohort: Literal["auto"] | int = "auto"
     """Clients trained in one pass. Results with another cohort size agree up to rounding."""
     threads: int | None = Field(None, ge=1)
+    kernels: Literal["auto", "off"] = "auto"
+    """Fast paths of training where the architecture has them; `off`: the plain one, for any model."""
 
     superlink: str | None = None
     """flower: host:port of a running SuperLink; without one, a deployment is started on this machine for the run."""
@@ -261,8 +263,8 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
             into = into.setdefault(part, {})
             if not isinstance(into, dict):
                 raise ConfigError(f"--set {text!r}: {part} is no section of a run file")
-        if parts[-1] == "name" and parts[:-1] == ["method"] and into.get("name") != parsed:
-            into.clear()  # another method's fields do not carry over
+        if parts[-1] == "name" and parts[0] == "method" and into.get("name") != parsed:
+            into.clear()  # another method's fields do not carry over, nor the method under it
         into[parts[-1]] = parsed
     return values
 

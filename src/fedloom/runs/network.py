@@ -8,7 +8,7 @@ from typing import Any
 
 from fedloom.errors import ConfigError
 from fedloom.loop import Record
-from fedloom.runs.assemble import Parts
+from fedloom.runs.experiment import Experiment
 
 
 class PlannedNetwork:
@@ -32,7 +32,7 @@ class PlannedNetwork:
         return dict(cost)
 
 
-def plan(parts: Parts) -> PlannedNetwork:
+def plan(parts: Experiment) -> PlannedNetwork:
     """The network of a run's [network] section. Raises ConfigError if its devices are not as many as the clients."""
     try:
         from fedloom.wireless.allocate import Allocation, allocate

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import fedloom
-from fedloom import methods
+from fedloom.data.text import collate
 from fedloom.errors import ConfigError, DataError, ModelError, RoundError, RunError
-from fedloom.runs import evaluate, export, inspect
-from fedloom.runs.assemble import Parts
+from fedloom.core import Work
+from fedloom.runs import export, finished
+from fedloom.runs.experiment import Experiment, experiment
 
 from ..methods.cases import RUNS, sections
 
@@ -24,7 +25,6 @@ Settings = Callable[..., dict[str, Any]]
 @pytest.mark.parametrize("name", RUNS)
 def test_run_leaves_what_the_contract_says_and_peft_agrees(name: str, settings: Settings, tmp_path: Path) -> None:
     config = settings(**sections(name))
-    method = config["method"]["name"]
     result = fedloom.run(config, tmp_path / "run")
 
     records = result.rounds
@@ -36,49 +36,60 @@ def test_run_leaves_what_the_contract_says_and_peft_agrees(name: str, settings: 
     assert all(r["dropped"] == {} for r in records)
     for file in ("run.toml", "manifest.json", "rounds.jsonl", "checkpoint", "adapter/adapter_config.json"):
         assert (result.path / file).exists()
-    assert all(expected == found for _, expected, found in inspect.verify(result.path))
+    assert all(expected == found for _, expected, found in finished.verify(result.path))
 
     adapters = [result.adapter_dir, *sorted((result.path / "clients").glob("*/adapter"))]
-    assert (len(adapters) > 1) == (method in ("fedsa_lora", "fedlora_optimizer"))
+    e = made(config)
+    assert (len(adapters) > 1) == (e.method.personal_models or e.method.personal_phase)
     for adapter in adapters:
-        assert_peft_agrees(Parts(fedloom.RunConfig.model_validate(config)), adapter)
-    if not methods.get(method).personal:
-        again = inspect.evaluate_saved(result.path)
+        assert_peft_agrees(e, adapter)
+    if not e.method.personal_models:
+        again = finished.evaluate_saved(result.path)
         last = [r for r in records if r["stage"] != "personal"][-1]["eval"]
         assert again == pytest.approx(last, abs=1e-5)
 
 
-def assert_peft_agrees(parts: Parts, adapter: Path) -> None:
+def made(config: dict[str, Any]) -> Experiment:
+    """The experiment of a configuration."""
+    return experiment(fedloom.RunConfig.model_validate(config))
+
+
+def logits(e: Experiment, work: Work) -> torch.Tensor:
+    """Of the held-out rows."""
+    found = e.trainer.evaluate(work, e.rows.eval).logits
+    assert found is not None
+    return found
+
+
+def logits_of(model: Any, e: Experiment) -> torch.Tensor:
+    """Of the held-out rows, from a model of transformers or PEFT."""
+    rows = e.rows.eval
+    batch = collate([(rows, torch.arange(len(rows)).numpy())])
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    return found
+
+
+def assert_peft_agrees(e: Experiment, adapter: Path) -> None:
     """The logits of PEFT's model are those that fedloom computes from the saved adapter."""
     from peft import PeftModel
 
-    rows = parts.eval_rows
-    from fedloom.data.text import collate
-    from fedloom.methods.fedit import FedIT
-
-    ours = parts.trainer.evaluate(FedIT(), export.read(adapter), rows).logits
-    fresh = Parts(parts.config)
+    fresh = experiment(e.config)
+    fresh.trainer.close()
     model = PeftModel.from_pretrained(fresh.base.model, str(adapter)).eval()
-    batch = collate([(rows, torch.arange(len(rows)).numpy())])
-    with torch.no_grad():
-        theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    assert ours is not None
-    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits_of(model, e), logits(e, export.read(adapter)), atol=1e-5, rtol=0)
 
 
 def test_the_evaluated_state_is_the_exported_one(settings: Settings, tmp_path: Path) -> None:
     from fedloom import checkpoint
 
-    result = fedloom.run(settings(method={"name": "fedex_lora"}), tmp_path / "run")
-    parts = Parts(fedloom.RunConfig.model_validate(settings(method={"name": "fedex_lora"})))
+    config = settings(method={"name": "fedex_lora"})
+    result = fedloom.run(config, tmp_path / "run")
+    e = made(config)
     _, state, _, done = checkpoint.load(result.path / "checkpoint")
     assert done and state["left"]
-    direct = parts.trainer.evaluate(parts.method, evaluate.global_work(parts, state), parts.eval_rows).logits
-    from fedloom.methods.fedit import FedIT
-
-    saved = parts.trainer.evaluate(FedIT(), export.read(result.adapter_dir), parts.eval_rows).logits
-    assert direct is not None and saved is not None
-    torch.testing.assert_close(saved, direct, atol=1e-5, rtol=0)
+    saved = logits(e, export.read(result.adapter_dir))
+    torch.testing.assert_close(saved, logits(e, e.global_model(state)), atol=1e-5, rtol=0)
 
 
 def test_same_seed_same_bytes_and_another_seed_other_bytes(settings: Settings, tmp_path: Path) -> None:
@@ -105,7 +116,7 @@ def test_causal_lm_with_generated_answers(decoder: Path, dialogues: Path, settin
     assert result.rounds[-1]["eval"]["loss"] < result.rounds[0]["eval"]["loss"]
     assert result.rounds[-1]["eval"]["perplexity"] > 1
     assert {"exact_match", "rouge_l"} <= result.eval.keys()
-    assert inspect.evaluate_saved(result.path) == pytest.approx(result.eval, abs=1e-5)
+    assert finished.evaluate_saved(result.path) == pytest.approx(result.eval, abs=1e-5)
 
 
 def test_regression(settings: Settings, tmp_path: Path) -> None:
@@ -185,7 +196,7 @@ WRONG: list[tuple[str, dict[str, dict[str, Any]], type[Exception], str]] = [
         "ranks unused",
         {"clients": {"ranks": [2, 4]}, "method": {"name": "fedit"}},
         ConfigError,
-        "every client at rank 4",
+        "fedit follows no rank budget, got rank 2.*expected 4",
     ),
     ("two budgets", {"train": {"local_steps": 1, "local_epochs": 1}}, ConfigError, "expected one of them"),
     ("too many clients", {"clients": {"count": 1000}}, DataError, "1000"),
@@ -230,27 +241,19 @@ def test_verify_sees_a_changed_adapter(settings: Settings, tmp_path: Path) -> No
     result = fedloom.run(settings(train={"rounds": 1}), tmp_path / "run")
     weights = result.adapter_dir / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    assert [name for name, expected, found in inspect.verify(result.path) if expected != found] == ["adapter"]
+    assert [name for name, expected, found in finished.verify(result.path) if expected != found] == ["adapter"]
 
 
 def test_export_merged_model_computes_the_same(settings: Settings, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    from fedloom.data.text import collate
-    from fedloom.methods.fedit import FedIT
-
     result = fedloom.run(settings(method={"name": "fedex_lora"}), tmp_path / "run")
-    inspect.export_saved(result.path, tmp_path / "merged", merge=True)
-    parts = Parts(fedloom.RunConfig.model_validate(settings()))
-    rows = parts.eval_rows
-    ours = parts.trainer.evaluate(FedIT(), export.read(result.adapter_dir), rows).logits
+    finished.export_saved(result.path, tmp_path / "merged", merge=True)
+    e = made(settings())
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
-    batch = collate([(rows, torch.arange(len(rows)).numpy())])
-    with torch.no_grad():
-        theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    assert ours is not None
-    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+    ours = logits(e, export.read(result.adapter_dir))
+    torch.testing.assert_close(logits_of(model, e), ours, atol=1e-5, rtol=0)
     with pytest.raises(RunError, match="not empty"):
-        inspect.export_saved(result.path, tmp_path / "merged")
+        finished.export_saved(result.path, tmp_path / "merged")
     with pytest.raises(RunError, match="client 'x'"):
-        inspect.export_saved(result.path, tmp_path / "other", client="x")
+        finished.export_saved(result.path, tmp_path / "other", client="x")

@@ -8,11 +8,10 @@ from pathlib import Path
 from fedloom.checkpoint import disk_errors
 from fedloom.data import partition
 from fedloom.errors import RunError
-from fedloom.methods.fedit import FedIT
 from fedloom.models import peft
 from fedloom.runs import evaluate, export
-from fedloom.runs.assemble import Parts
-from fedloom.runs.directory import RunDirectory, digest_file, digest_files
+from fedloom.runs.experiment import experiment
+from fedloom.runs.run_directory import RunDirectory, digest_file, digest_files
 
 
 def adapter_of(run: RunDirectory, client: str | None) -> Path:
@@ -33,8 +32,7 @@ def evaluate_saved(path: Path, client: str | None = None) -> dict[str, float]:
     """Metric -> value of a saved adapter on the run's held-out rows."""
     run = RunDirectory.open(path)
     adapter = adapter_of(run, client)
-    parts = Parts(run.config())
-    return evaluate.score(parts, FedIT(), export.read(adapter), parts.eval_rows)
+    return evaluate.score(experiment(run.config()), export.read(adapter))
 
 
 def export_saved(path: Path, dest: Path, client: str | None = None, merge: bool = False) -> None:
@@ -47,18 +45,19 @@ def export_saved(path: Path, dest: Path, client: str | None = None, merge: bool 
         if not merge:
             shutil.copytree(adapter, dest, dirs_exist_ok=True)
             return
-        parts = Parts(run.config())
+        e = experiment(run.config())
+        e.trainer.close()  # the model's own layers are merged into
         work = export.read(adapter)
         peft.merge(
-            parts.base.model,
+            e.base.model,
             work.train["A"],
             work.train["B"],
             work.scale,
             {},
             work.train.get("head"),
             dest,
-            parts.base.tokenizer,
-            parts.tables.labels or None,
+            e.base.tokenizer,
+            e.tables.labels or None,
         )
 
 
@@ -66,8 +65,8 @@ def verify(path: Path) -> list[tuple[str, str | None, str | None]]:
     """(what, hash in the manifest, hash now) for everything that the manifest hashes."""
     run = RunDirectory.open(path)
     expected = run.manifest()["hashes"]
-    parts = Parts(run.config())
-    found: dict[str, str | None] = {"config": digest_file(run.config_file), **parts.hashes}
+    e = experiment(run.config())
+    found: dict[str, str | None] = {"config": digest_file(run.config_file), **e.hashes}
     found["partition"] = partition.digest(partition.load_partition(run.partition_file))
     found["adapter"] = digest_files(run.adapter) if run.adapter.is_dir() else None
     return [(name, value, found.get(name)) for name, value in expected.items()]

@@ -37,14 +37,19 @@ class RunDirectory:
         self.adapter = path / "adapter"
 
     @staticmethod
-    def create(path: Path, config: RunConfig) -> RunDirectory:
-        """A new run directory that holds the configuration. Raises RunError if there is something at `path` already."""
+    def require_free(path: Path) -> None:
+        """Raise RunError if there is something at `path` already. Writes nothing."""
         # A run.toml.new is what a kill within the very first write leaves: there is nothing in it to lose.
         if path.exists() and (not path.is_dir() or any(file.name != "run.toml.new" for file in path.iterdir())):
             raise RunError(
                 f"{path} exists and is not empty, expected a new or empty directory: choose another --out"
                 + (f", or go on with it: fedloom resume {path}" if (path / "run.toml").is_file() else "")
             )
+
+    @staticmethod
+    def create(path: Path, config: RunConfig) -> RunDirectory:
+        """A new run directory that holds the configuration. Raises RunError if there is something at `path` already."""
+        RunDirectory.require_free(path)
         run = RunDirectory(path)
         with checkpoint.disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
