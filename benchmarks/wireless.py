@@ -10,18 +10,22 @@ Timings are of this machine while it does whatever else it does.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
 from fedloom.wireless.allocate import solve
-from fedloom.wireless.bound import Empirical, Gap
-from fedloom.wireless.channel import Array, Subcarriers
-from fedloom.wireless.exhaustive import exhaustive
-from fedloom.wireless.fleet import random_fleet
-from fedloom.wireless.problem import Problem
-from fedloom.wireless.solve import Solution
+from fedloom.wireless.solvers.branch_and_bound import Solution
+from fedloom.wireless.system.fleet import random_fleet
+from fedloom.wireless.system.generalisation_bound import Empirical, Gap
+from fedloom.wireless.system.problem import Problem
+from fedloom.wireless.system.radio import Array, Subcarriers
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "wireless"))
+from exhaustive import exhaustive
 
 LOADS = ((0.3, 0.5), (0.2, 0.3), (0.12, 0.2), (0.15, 9.0), (0.08, 0.3), (0.5, 1.2))
 SEEN: list[float] = []

@@ -13,13 +13,13 @@ import pytest
 from rich.console import Console
 
 from fedloom.errors import ConfigError
-from fedloom.wireless import Allocation, Network, Status, allocate, infeasible, random_fleet
+from fedloom.wireless import Allocation, Network, Status, allocate, diagnosis, random_fleet
 from fedloom.wireless.allocate import solve
-from fedloom.wireless.baselines import Baseline, baseline
-from fedloom.wireless.channel import Subcarriers
-from fedloom.wireless.command import allocate_command
-from fedloom.wireless.problem import Problem
-from fedloom.wireless.report import print_allocation
+from fedloom.wireless.show.command import allocate_command
+from fedloom.wireless.show.tables import print_allocation
+from fedloom.wireless.solvers.baselines import Baseline, baseline
+from fedloom.wireless.system.problem import Problem
+from fedloom.wireless.system.radio import Subcarriers
 
 from .problems import FORMS, small
 
@@ -51,7 +51,7 @@ def fleet_file(tmp_path: Path) -> Path:
 
 def test_torch_is_never_imported() -> None:
     code = (
-        "import sys, fedloom.wireless as w, fedloom.wireless.command\n"
+        "import sys, fedloom.wireless as w, fedloom.wireless.show.command\n"
         "assert 'torch' not in sys.modules and callable(w.allocate)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -125,9 +125,9 @@ def test_a_device_that_cannot_be_served_is_named_with_what_it_takes() -> None:
         allocate(slow)
     more = float(str(caught.value).split("raise limits.latency_s by ")[1].split(" s")[0])
     enough = slow.with_limits(latency_factor=1.0 + 1.002 * more / slow.latency_limit_s)
-    assert not infeasible.alone(enough), "moving the limit by what the message says is enough for that device alone"
+    assert not diagnosis.alone(enough), "moving the limit by what the message says is enough for that device alone"
     almost = slow.with_limits(latency_factor=1.0 + 0.99 * more / slow.latency_limit_s)
-    assert infeasible.alone(almost)
+    assert diagnosis.alone(almost)
     hungry = replace(problem, energy_limit_j=problem.energy_limit_j * np.array([1.0, 1.0, 0.01]))
     with pytest.raises(ConfigError, match=r"device 'd2' needs at least .* J a round.*raise its energy_j by"):
         allocate(hungry)
@@ -138,7 +138,7 @@ def test_devices_that_cannot_be_served_together_are_told_a_limit_that_is_enough(
         crowded
         for seed in range(12)
         for keep_min in (0.3, 0.4, 0.5, 0.6)
-        if not infeasible.alone(crowded := replace(small(seed), keep_min=keep_min))
+        if not diagnosis.alone(crowded := replace(small(seed), keep_min=keep_min))
         and solve(crowded).status is Status.INFEASIBLE
     )
     with pytest.raises(ConfigError, match=r"no share of the band serves all devices.*device 'd\d'") as caught:

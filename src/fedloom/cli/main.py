@@ -181,7 +181,7 @@ def allocate(
     Example: fedloom allocate fleet.toml --solver psca --out allocation.json
     """
     try:
-        from fedloom.wireless.command import allocate_command
+        from fedloom.wireless.show.command import allocate_command
     except ImportError as error:
         raise ConfigError(f"the planner is not installed ({error}): pip install 'fedloom[wireless]'") from None
     allocate_command(file, solver, json, out_, time_limit_s, sweep, constants_from, seed)

@@ -19,7 +19,7 @@ class PlannedNetwork:
         self.device_of = device_of
 
     def round(self, record: Record) -> dict[str, Any]:
-        """Simulated seconds and joules by client, beside what the plan predicted: see fedloom.wireless.network."""
+        """Simulated seconds and joules by client, beside what the plan predicted: see fedloom.wireless.replay."""
         device = self.device_of
         cost = self.network.round(
             bytes_up={device[k]: up for k, (_, up) in record.per_client.items()},
@@ -36,8 +36,8 @@ def plan(parts: Parts) -> PlannedNetwork:
     """The network of a run's [network] section. Raises ConfigError if its devices are not as many as the clients."""
     try:
         from fedloom.wireless.allocate import Allocation, allocate
-        from fedloom.wireless.fleet import read_fleet
-        from fedloom.wireless.network import Network
+        from fedloom.wireless.replay import Network
+        from fedloom.wireless.system.fleet import read_fleet
     except ImportError as error:
         raise ConfigError(f"[network] needs the planner ({error}): pip install 'fedloom[wireless]'") from None
     section = parts.config.network

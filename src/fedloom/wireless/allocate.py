@@ -10,11 +10,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from fedloom.errors import ConfigError, nearest
-from fedloom.wireless import bandwidth, columns, infeasible, search
-from fedloom.wireless.channel import Array, Subcarriers
-from fedloom.wireless.fleet import Fleet
-from fedloom.wireless.problem import Problem
-from fedloom.wireless.solve import Progress, Solution, Status, branch_and_bound
+from fedloom.wireless import diagnosis
+from fedloom.wireless.solvers import bandwidth_dual, lagrangian, local_search
+from fedloom.wireless.solvers.branch_and_bound import Progress, Solution, Status, branch_and_bound
+from fedloom.wireless.system.fleet import Fleet
+from fedloom.wireless.system.problem import Problem
+from fedloom.wireless.system.radio import Array, Subcarriers
 
 Solver = Literal["bnb", "psca"]
 
@@ -147,7 +148,7 @@ def allocate(
     problem = fleet if isinstance(fleet, Problem) else fleet.problem(seed)
     solution = solve(problem, solver, time_limit_s, 0 if seed is None else seed)
     if solution.point is None:
-        raise ConfigError(infeasible.explain(problem, proven=solution.status is Status.INFEASIBLE))
+        raise ConfigError(diagnosis.explain(problem, proven=solution.status is Status.INFEASIBLE))
     return describe(problem, solution, solver)
 
 
@@ -157,39 +158,43 @@ def solve(problem: Problem, solver: Solver = "bnb", time_limit_s: float = 60.0, 
         raise ConfigError(f"the solver {solver!r} is unknown, expected bnb or psca{nearest(solver, get_args(Solver))}")
     if not (time_limit_s > 0.0):
         raise ConfigError(f"the time limit is {time_limit_s} s, expected more than 0")
-    if infeasible.alone(problem):
+    if diagnosis.alone(problem):
         return Solution(None, np.inf, np.inf, Status.INFEASIBLE, 0, 0.0)
     if not isinstance(problem.link, Subcarriers):
         return _divide_band(problem, solver, time_limit_s, seed)
     if solver == "psca":
-        from fedloom.wireless.psca import psca
-        from fedloom.wireless.relaxation import lone_caps
-        from fedloom.wireless.relaxation import root as nothing_fixed
+        from fedloom.wireless.solvers.mccormick import lone_caps
+        from fedloom.wireless.solvers.mccormick import root as nothing_fixed
+        from fedloom.wireless.solvers.psca import psca
 
         lower = float(problem.value_of_caps(lone_caps(problem, nothing_fixed(problem))))
         return psca(problem, seed=seed, time_limit_s=time_limit_s, lower=lower)
-    owners = search.improve(problem, search.greedy(problem))
-    value = search.value_of(problem, owners)
-    start = (value, search.share_of(owners, len(problem.ids))) if np.isfinite(value) else None
-    if columns.fits(problem):
-        tight = columns.ColumnBound(problem)
-        return branch_and_bound(columns.root(problem), tight, start=start, time_limit_s=time_limit_s)
-    from fedloom.wireless import relaxation
+    owners = local_search.improve(problem, local_search.greedy(problem))
+    value = local_search.value_of(problem, owners)
+    start = (value, local_search.share_of(owners, len(problem.ids))) if np.isfinite(value) else None
+    if lagrangian.fits(problem):
+        tight = lagrangian.ColumnBound(problem)
+        return branch_and_bound(lagrangian.root(problem), tight, start=start, time_limit_s=time_limit_s)
+    from fedloom.wireless.solvers import mccormick
 
-    loose = relaxation.RelaxationBound(problem)
+    loose = mccormick.RelaxationBound(problem)
     return branch_and_bound(
-        relaxation.root(problem), loose, start=start, time_limit_s=time_limit_s, tolerance=loose.tolerance
+        mccormick.root(problem), loose, start=start, time_limit_s=time_limit_s, tolerance=loose.tolerance
     )
 
 
 def _divide_band(problem: Problem, solver: Solver, time_limit_s: float, seed: int) -> Solution[Array]:
-    quick = bandwidth.sca(problem, seed=seed, time_limit_s=time_limit_s)
+    quick = bandwidth_dual.sca(problem, seed=seed, time_limit_s=time_limit_s)
     if solver == "psca" or quick.point is None or quick.status is Status.OPTIMAL:
         return quick
-    bound = bandwidth.BoxBound(problem)
+    bound = bandwidth_dual.BoxBound(problem)
     left = max(1e-3, time_limit_s - quick.seconds)
     found = branch_and_bound(
-        bandwidth.root(problem), bound, start=(quick.value, quick.point), tolerance=bound.tolerance, time_limit_s=left
+        bandwidth_dual.root(problem),
+        bound,
+        start=(quick.value, quick.point),
+        tolerance=bound.tolerance,
+        time_limit_s=left,
     )
     trace = (*quick.trace, *(Progress(p.seconds + quick.seconds, p.nodes, p.lower, p.value) for p in found.trace))
     return Solution(

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedloom.wireless.channel import Array
-from fedloom.wireless.cvx import SOLVER, Constraint, Expression, cp, solved, value
-from fedloom.wireless.problem import Problem
-from fedloom.wireless.scaled import Scaled, binary_majorant
-from fedloom.wireless.search import Owners, greedy, improve, rounded, share_of, value_of
-from fedloom.wireless.solve import Progress, Solution, Status
+from fedloom.wireless.solvers.branch_and_bound import Progress, Solution, Status
+from fedloom.wireless.solvers.cvx import SOLVER, Constraint, Expression, cp, solved, value
+from fedloom.wireless.solvers.local_search import Owners, greedy, improve, rounded, share_of, value_of
+from fedloom.wireless.solvers.reciprocal import Scaled, binary_majorant
+from fedloom.wireless.system.problem import Problem
+from fedloom.wireless.system.radio import Array
 
 _FIRST_ZETA, _LAST_ZETA = 1e-3, 10.0
 _PLAIN = 3  # iterations without penalty

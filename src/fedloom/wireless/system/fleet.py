@@ -6,7 +6,7 @@
                                             server_power_w = 1.0, fading = true
     what is trained and sent     [model]    bits_per_parameter = 32, lora_parameters, head_parameters, local_epochs = 1,
                                             base_flop_per_sample, lora_flop_per_sample, or run = "a run directory"
-    the bound                    [bound]    the fields of `fedloom.wireless.bound.Bound`
+    the bound                    [bound]    the fields of `fedloom.wireless.system.generalisation_bound.Bound`
     for devices without their own [defaults] power_w = 0.2, compute_flop_per_s, compute_j_per_flop, overhead_j
     devices                      [[device]] id, samples, distance_m or gain_db (one, or one per subcarrier), ...
     or drawn ones                [random]   devices = 10, distance_min_m = 50, distance_max_m = 500, samples_min, samples_max
@@ -27,9 +27,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedloom.errors import ConfigError, nearest
-from fedloom.wireless.bound import Bound, Empirical, Gap
-from fedloom.wireless.channel import Array, Band, Compute, Subcarriers, from_db, from_dbm, path_gain, shannon
-from fedloom.wireless.problem import Problem
+from fedloom.wireless.system.generalisation_bound import Bound, Empirical, Gap
+from fedloom.wireless.system.problem import Problem
+from fedloom.wireless.system.radio import Array, Band, Compute, Subcarriers, from_db, from_dbm, path_gain, shannon
 
 _FADING, _DEVICE = 1, 2  # purposes of a random draw
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedloom.wireless.bound import Bound
-from fedloom.wireless.channel import Array
-from fedloom.wireless.problem import Problem
-from fedloom.wireless.search import link_of
+from fedloom.wireless.solvers.local_search import link_of
+from fedloom.wireless.system.generalisation_bound import Bound
+from fedloom.wireless.system.problem import Problem
+from fedloom.wireless.system.radio import Array
 
 _TANGENTS = 60
 

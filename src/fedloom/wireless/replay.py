@@ -13,11 +13,11 @@ from typing import TypedDict
 import numpy as np
 
 from fedloom.errors import ConfigError, nearest
-from fedloom.wireless import channel
 from fedloom.wireless.allocate import Allocation
-from fedloom.wireless.channel import Array, Rates, Subcarriers
-from fedloom.wireless.fleet import Fleet
-from fedloom.wireless.problem import Problem
+from fedloom.wireless.system import radio
+from fedloom.wireless.system.fleet import Fleet
+from fedloom.wireless.system.problem import Problem
+from fedloom.wireless.system.radio import Array, Rates, Subcarriers
 
 
 class DeviceRound(TypedDict):
@@ -116,8 +116,8 @@ class Network:
             work[k] = samples.get(name, 0)
         passes = work / self.problem.planned_samples
         compute = self.problem.compute
-        seconds = channel.latency(self.rates, down, up, passes * compute.seconds(self.keep))
-        joules = channel.energy(self.rates, up, passes * compute.joules(self.keep), compute.overhead_j)
+        seconds = radio.latency(self.rates, down, up, passes * compute.seconds(self.keep))
+        joules = radio.energy(self.rates, up, passes * compute.joules(self.keep), compute.overhead_j)
         devices = {}
         for name in taking_part:
             k = self.problem.ids.index(name)

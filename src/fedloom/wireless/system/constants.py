@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.errors import ConfigError, RunError
-from fedloom.wireless.bound import Bound, Empirical, Gap
+from fedloom.wireless.system.generalisation_bound import Bound, Empirical, Gap
 
 _KEYS = ("loss_max", "grad_norm_max", "adapter_norm")
 

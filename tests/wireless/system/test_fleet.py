@@ -9,8 +9,8 @@ import pytest
 
 from fedloom.errors import ConfigError, RunError
 from fedloom.wireless import from_run, read_fleet
-from fedloom.wireless.channel import Band, Subcarriers, path_gain, shannon
-from fedloom.wireless.fleet import parse_fleet
+from fedloom.wireless.system.fleet import parse_fleet
+from fedloom.wireless.system.radio import Band, Subcarriers, path_gain, shannon
 
 DEVICE: dict[str, Any] = {"id": "a", "samples": 100, "distance_m": 200.0}
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedloom.wireless.channel import Array, Band
-from fedloom.wireless.problem import Problem
-from fedloom.wireless.solve import Bounded, Progress, Solution, Status
+from fedloom.wireless.solvers.branch_and_bound import Bounded, Progress, Solution, Status
+from fedloom.wireless.system.problem import Problem
+from fedloom.wireless.system.radio import Array, Band
 
 _HALVINGS = 60  # of the band, for b_k(x)
 _COARSE, _FINE = 48, 49  # grid points over the box and around each minimiser

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fedloom.errors import ConfigError
-from fedloom.wireless.channel import Array
+from fedloom.wireless.system.radio import Array
 
 Empirical = Literal["sparsity", "linear", "rescaled"]
 Gap = Literal["pooled", "per_device"]
@@ -33,7 +33,7 @@ class Bound:
     """Constants and shape of the bound. A keep rate is x = 1 - dropout rate, arrays are (..., K).
 
     The defaults give an optimum inside (0, 1) for a few thousand samples; none is from the paper, which is unknown
-    there. Estimate them from a run with `fedloom.wireless.constants`. Raises ConfigError for a constant out of range.
+    there. Estimate them from a run with `fedloom.wireless.system.constants`. Raises ConfigError for a constant out of range.
     """
 
     empirical: Empirical = "linear"

@@ -7,10 +7,10 @@ import time
 import numpy as np
 
 from fedloom.errors import ConfigError
-from fedloom.wireless.channel import Array
-from fedloom.wireless.problem import Problem
-from fedloom.wireless.search import link_of, share_of
-from fedloom.wireless.solve import Solution, Status
+from fedloom.wireless.solvers.branch_and_bound import Solution, Status
+from fedloom.wireless.solvers.local_search import link_of, share_of
+from fedloom.wireless.system.problem import Problem
+from fedloom.wireless.system.radio import Array
 
 _BLOCK = 8192
 _MOST = 2_000_000

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from fedloom.wireless.allocate import solve
-from fedloom.wireless.bound import Empirical
-from fedloom.wireless.psca import Surrogate, iterate, psca
-from fedloom.wireless.relaxation import RelaxationBound, root
-from fedloom.wireless.scaled import Scaled, binary_majorant, penalty_majorant, product_minorant
-from fedloom.wireless.solve import Status, branch_and_bound
+from fedloom.wireless.solvers.branch_and_bound import Status, branch_and_bound
+from fedloom.wireless.solvers.mccormick import RelaxationBound, root
+from fedloom.wireless.solvers.psca import Surrogate, iterate, psca
+from fedloom.wireless.solvers.reciprocal import Scaled, binary_majorant, penalty_majorant, product_minorant
+from fedloom.wireless.system.generalisation_bound import Empirical
 
-from .problems import FORMS, small
+from ..problems import FORMS, small
 from .test_solvers import feasible
 
 
@@ -69,7 +69,7 @@ def test_relaxation_at_a_fixed_assignment_is_the_value_there(empirical: Empirica
     point = solve(problem).point
     assert point is not None
     bound = RelaxationBound(problem)
-    from fedloom.wireless.relaxation import Box, lone_caps
+    from fedloom.wireless.solvers.mccormick import Box, lone_caps
 
     box = Box(point > 0.5, point > 0.5)
     lower, _ = bound.relax(box, lone_caps(problem, box))

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from fedloom.errors import ConfigError
 from fedloom.wireless.allocate import Solver, allocate
-from fedloom.wireless.bound import Bound
-from fedloom.wireless.constants import from_run
-from fedloom.wireless.fleet import Fleet, read_fleet
-from fedloom.wireless.report import print_allocation
+from fedloom.wireless.show.tables import print_allocation
+from fedloom.wireless.system.constants import from_run
+from fedloom.wireless.system.fleet import Fleet, read_fleet
+from fedloom.wireless.system.generalisation_bound import Bound
 
 
 def allocate_command(
@@ -48,7 +48,7 @@ def allocate_command(
         if out is not None:
             console.print(f"written to {out}", highlight=False)
     if sweep is not None:
-        from fedloom.wireless.sweep import draw_all
+        from fedloom.wireless.show.sweep import draw_all
 
         for path in draw_all(sweep, fleet=described, seed=seed):
             if not as_json:

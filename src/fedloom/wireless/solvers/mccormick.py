@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom.wireless.channel import Array, Rates
-from fedloom.wireless.cvx import SOLVER, cp, solved, value
-from fedloom.wireless.problem import Problem
-from fedloom.wireless.psca import convex_penalty, gap_epigraph
-from fedloom.wireless.scaled import Scaled
-from fedloom.wireless.search import improve, link_of, rounded, share_of, value_of
-from fedloom.wireless.solve import Bounded
+from fedloom.wireless.solvers.branch_and_bound import Bounded
+from fedloom.wireless.solvers.cvx import SOLVER, cp, solved, value
+from fedloom.wireless.solvers.local_search import improve, link_of, rounded, share_of, value_of
+from fedloom.wireless.solvers.psca import convex_penalty, gap_epigraph
+from fedloom.wireless.solvers.reciprocal import Scaled
+from fedloom.wireless.system.problem import Problem
+from fedloom.wireless.system.radio import Array, Rates
 
 Mask = NDArray[np.bool_]
 

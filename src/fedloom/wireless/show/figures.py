@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.errors import ConfigError
-from fedloom.wireless.sweep import LABELS, Row, Sweep
+from fedloom.wireless.show.sweep import LABELS, Row, Sweep
 
 try:
     from matplotlib.figure import Figure

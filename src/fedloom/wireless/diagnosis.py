@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedloom.wireless import bandwidth, search
-from fedloom.wireless.channel import Array, Rates, Subcarriers
-from fedloom.wireless.problem import Problem
+from fedloom.wireless.solvers import bandwidth_dual, local_search
+from fedloom.wireless.system.problem import Problem
+from fedloom.wireless.system.radio import Array, Rates, Subcarriers
 
 _SHOWN = 10
 
@@ -92,9 +92,11 @@ def explain(problem: Problem, *, proven: bool) -> str:
 
 def _served(problem: Problem) -> bool:
     if isinstance(problem.link, Subcarriers):
-        return bool(np.isfinite(search.value_of(problem, search.improve(problem, search.greedy(problem)))))
+        return bool(
+            np.isfinite(local_search.value_of(problem, local_search.improve(problem, local_search.greedy(problem))))
+        )
     keep = np.full(len(problem.ids), problem.keep_min)
-    return bool(bandwidth.least_hz(problem, keep).sum() <= problem.link.total_hz)
+    return bool(bandwidth_dual.least_hz(problem, keep).sum() <= problem.link.total_hz)
 
 
 def _least_factor(problem: Problem, argument: str) -> float | None:
@@ -113,9 +115,9 @@ def _least_factor(problem: Problem, argument: str) -> float | None:
 def _hardest(problem: Problem) -> tuple[str, str]:
     """The device furthest from keep_min under the best share found, and the limit that holds it there."""
     if isinstance(problem.link, Subcarriers):
-        share = search.share_of(search.improve(problem, search.greedy(problem)), len(problem.ids))
+        share = local_search.share_of(local_search.improve(problem, local_search.greedy(problem)), len(problem.ids))
     else:
-        hz = bandwidth.least_hz(problem, np.full(len(problem.ids), problem.keep_min))
+        hz = bandwidth_dual.least_hz(problem, np.full(len(problem.ids), problem.keep_min))
         share = hz * (problem.link.total_hz / hz.sum())
     rates = problem.link.rates(share)
     late, over = problem.latency_caps(rates), problem.energy_caps(rates)

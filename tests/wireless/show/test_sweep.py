@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fedloom.wireless import sweep
-from fedloom.wireless.fleet import random_fleet
-from fedloom.wireless.problem import Problem
+from fedloom.wireless.show import sweep
+from fedloom.wireless.system.fleet import random_fleet
+from fedloom.wireless.system.problem import Problem
 
 
 def values(drawn: sweep.Sweep, curve: str) -> np.ndarray:

@@ -5,14 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedloom.wireless import columns, infeasible, relaxation, search
+from fedloom.wireless import diagnosis
 from fedloom.wireless.allocate import solve
-from fedloom.wireless.bound import Empirical, Gap
-from fedloom.wireless.exhaustive import exhaustive
-from fedloom.wireless.problem import Problem
-from fedloom.wireless.solve import Status, branch_and_bound
+from fedloom.wireless.solvers import lagrangian, local_search, mccormick
+from fedloom.wireless.solvers.branch_and_bound import Status, branch_and_bound
+from fedloom.wireless.system.generalisation_bound import Empirical, Gap
+from fedloom.wireless.system.problem import Problem
 
-from .problems import FORMS, GAPS, small
+from ..exhaustive import exhaustive
+from ..problems import FORMS, GAPS, small
 
 
 def feasible(problem: Problem, share: np.ndarray) -> None:
@@ -54,9 +55,9 @@ def test_every_root_bound_is_below_the_optimum(empirical: Empirical, gap: Gap, s
     problem = small(seed, empirical, gap)
     optimum = exhaustive(problem).value
     assert np.isfinite(optimum)
-    fast = float(problem.value_of_caps(relaxation.lone_caps(problem, relaxation.root(problem))))
-    convex = relaxation.RelaxationBound(problem)(relaxation.root(problem), np.inf).lower
-    lagrange = columns.ColumnBound(problem)._dual(columns.root(problem), optimum).lower
+    fast = float(problem.value_of_caps(mccormick.lone_caps(problem, mccormick.root(problem))))
+    convex = mccormick.RelaxationBound(problem)(mccormick.root(problem), np.inf).lower
+    lagrange = lagrangian.ColumnBound(problem)._dual(lagrangian.root(problem), optimum).lower
     for lower in (fast, convex, lagrange):
         assert lower <= optimum + 1e-9
     assert convex >= fast, "the relaxation is never below the single-device bound, which it includes"
@@ -67,8 +68,8 @@ def test_every_root_bound_is_below_the_optimum(empirical: Empirical, gap: Gap, s
 def test_branching_on_the_relaxation_gives_the_same_optimum(empirical: Empirical, seed: int) -> None:
     """The search used above the size of the tables, at a size where the truth is known."""
     problem = small(seed, empirical)
-    bound = relaxation.RelaxationBound(problem)
-    found = branch_and_bound(relaxation.root(problem), bound, tolerance=bound.tolerance)
+    bound = mccormick.RelaxationBound(problem)
+    found = branch_and_bound(mccormick.root(problem), bound, tolerance=bound.tolerance)
     assert found.status is Status.OPTIMAL and found.nodes > 1
     assert found.lower <= exhaustive(problem).value + 1e-9
     assert abs(found.value - exhaustive(problem).value) <= bound.tolerance
@@ -76,8 +77,8 @@ def test_branching_on_the_relaxation_gives_the_same_optimum(empirical: Empirical
 
 def test_lower_bounds_never_fall_and_never_pass_the_value() -> None:
     problem = small(2, "linear", devices=4, subcarriers=7)
-    bound = relaxation.RelaxationBound(problem)
-    found = branch_and_bound(relaxation.root(problem), bound, tolerance=bound.tolerance)
+    bound = mccormick.RelaxationBound(problem)
+    found = branch_and_bound(mccormick.root(problem), bound, tolerance=bound.tolerance)
     lowers = [p.lower for p in found.trace]
     assert len(lowers) > 2 and lowers == sorted(lowers)
     assert all(p.lower <= p.value for p in found.trace)
@@ -88,11 +89,11 @@ def test_lower_bounds_never_fall_and_never_pass_the_value() -> None:
 def test_branching_on_columns_closes_what_the_root_leaves() -> None:
     """With few subgradient steps and no enumeration the search has to branch, and still ends at the optimum."""
     problem = small(2, "linear", subcarriers=6)
-    bound = columns.ColumnBound(problem, steps=3)
+    bound = lagrangian.ColumnBound(problem, steps=3)
     bound._enumerate = lambda left, dual, goal: (  # type: ignore[method-assign]
-        None if max(map(len, left.sets)) > 1 else columns.ColumnBound._enumerate(bound, left, dual, goal)
+        None if max(map(len, left.sets)) > 1 else lagrangian.ColumnBound._enumerate(bound, left, dual, goal)
     )
-    found = branch_and_bound(columns.root(problem), bound)
+    found = branch_and_bound(lagrangian.root(problem), bound)
     assert found.nodes > 3
     assert abs(found.value - exhaustive(problem).value) <= 1e-9
 
@@ -111,10 +112,10 @@ def test_infeasible_together_is_proven() -> None:
     for seed in range(6):
         for keep_min in (0.2, 0.3, 0.4, 0.5, 0.6):
             problem = replace(small(seed), keep_min=keep_min)
-            if infeasible.alone(problem):
+            if diagnosis.alone(problem):
                 continue
             truth = exhaustive(problem)
-            found = branch_and_bound(columns.root(problem), columns.ColumnBound(problem))
+            found = branch_and_bound(lagrangian.root(problem), lagrangian.ColumnBound(problem))
             assert found.status is truth.status
             proven += truth.status is Status.INFEASIBLE
     assert proven >= 3
@@ -122,10 +123,10 @@ def test_infeasible_together_is_proven() -> None:
 
 def test_local_search_never_worsens_and_greedy_is_feasible_where_slack() -> None:
     problem = small(5)
-    first = search.greedy(problem)
-    better = search.improve(problem, first)
-    assert np.isfinite(search.value_of(problem, first))
-    assert search.value_of(problem, better) <= search.value_of(problem, first)
+    first = local_search.greedy(problem)
+    better = local_search.improve(problem, first)
+    assert np.isfinite(local_search.value_of(problem, first))
+    assert local_search.value_of(problem, better) <= local_search.value_of(problem, first)
 
 
 def test_larger_searches_are_certified() -> None:

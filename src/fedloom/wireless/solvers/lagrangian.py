@@ -23,10 +23,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom.wireless.channel import Array, Rates
-from fedloom.wireless.problem import Problem
-from fedloom.wireless.search import improve, link_of, share_of, value_of
-from fedloom.wireless.solve import Bounded
+from fedloom.wireless.solvers.branch_and_bound import Bounded
+from fedloom.wireless.solvers.local_search import improve, link_of, share_of, value_of
+from fedloom.wireless.system.problem import Problem
+from fedloom.wireless.system.radio import Array, Rates
 
 Sets = NDArray[np.int64]
 """Bit m is set where subcarrier m is in the set."""

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.errors import ConfigError
-from fedloom.wireless import channel
-from fedloom.wireless.bound import Bound, weights
-from fedloom.wireless.channel import Array, Band, Compute, Energy, Latency, Rates, Subcarriers
+from fedloom.wireless.system import radio
+from fedloom.wireless.system.generalisation_bound import Bound, weights
+from fedloom.wireless.system.radio import Array, Band, Compute, Energy, Latency, Rates, Subcarriers
 
 Pick = int | slice | NDArray[np.intp]
 """Which device a rate belongs to: all along the last axis, one, or an array of indices that broadcasts."""
@@ -87,11 +87,11 @@ class Problem:
     def latency(self, share: Array, keep: Array) -> Latency:
         """(33), original form."""
         bits = self.payload_bits(keep)
-        return channel.latency(self.link.rates(share), bits, bits, self.compute.seconds(keep))
+        return radio.latency(self.link.rates(share), bits, bits, self.compute.seconds(keep))
 
     def energy(self, share: Array, keep: Array) -> Energy:
         """(34), original form."""
-        return channel.energy(
+        return radio.energy(
             self.link.rates(share), self.payload_bits(keep), self.compute.joules(keep), self.compute.overhead_j
         )
 
@@ -110,13 +110,13 @@ class Problem:
         """The rate at which (33) is tight."""
         spare = self.latency_limit_s - self.compute.base_s[device]
         return self._tight(
-            spare, channel.transfer_s(1.0, rates.up) + channel.transfer_s(1.0, rates.down), self.compute.lora_s[device]
+            spare, radio.transfer_s(1.0, rates.up) + radio.transfer_s(1.0, rates.down), self.compute.lora_s[device]
         )
 
     def energy_caps(self, rates: Rates, device: Pick = slice(None)) -> Array:
         """The rate at which (34) is tight."""
         spare = self.energy_limit_j[device] - self.compute.base_j[device] - self.compute.overhead_j[device]
-        seconds = channel.transfer_s(1.0, rates.up)
+        seconds = radio.transfer_s(1.0, rates.up)
         with np.errstate(invalid="ignore"):
             per_bit = np.where(np.isfinite(seconds), rates.power_w * seconds, np.inf)
         return self._tight(spare, per_bit, self.compute.lora_j[device])

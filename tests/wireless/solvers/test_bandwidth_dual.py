@@ -6,19 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedloom.wireless import bandwidth
 from fedloom.wireless.allocate import solve
-from fedloom.wireless.bound import Empirical, Gap
-from fedloom.wireless.fleet import random_fleet
-from fedloom.wireless.problem import Problem
-from fedloom.wireless.solve import Status
+from fedloom.wireless.solvers import bandwidth_dual
+from fedloom.wireless.solvers.branch_and_bound import Status
+from fedloom.wireless.system.fleet import random_fleet
+from fedloom.wireless.system.generalisation_bound import Empirical, Gap
+from fedloom.wireless.system.problem import Problem
 
-from .problems import FORMS, GAPS, small
+from ..problems import FORMS, GAPS, small
 
 
 def best_on_grid(problem: Problem, steps: int) -> float:
     """The best of all divisions into multiples of 1 / steps of the band."""
-    total = bandwidth.band_of(problem).total_hz
+    total = bandwidth_dual.band_of(problem).total_hz
     parts = np.array([p for p in itertools.product(range(1, steps), repeat=2) if sum(p) < steps], dtype=float)
     shares = np.column_stack([parts, steps - parts.sum(axis=1)]) * (total / steps)
     return float(problem.value_of_caps(problem.caps(shares)).min())
@@ -43,19 +43,22 @@ def test_points_satisfy_the_original_constraints(seed: int) -> None:
     problem = small(seed, "rescaled", mode="bandwidth")
     found = solve(problem, "psca")
     if found.point is None:
-        assert bandwidth.least_hz(problem, np.full(3, problem.keep_min)).sum() > bandwidth.band_of(problem).total_hz
+        assert (
+            bandwidth_dual.least_hz(problem, np.full(3, problem.keep_min)).sum()
+            > bandwidth_dual.band_of(problem).total_hz
+        )
         return
     keep = problem.best(problem.caps(found.point))
     late, over = problem.excess(found.point, keep)
     assert max(late.max(), over.max()) <= 1e-6
-    assert found.point.sum() <= bandwidth.band_of(problem).total_hz * (1.0 + 1e-9)
+    assert found.point.sum() <= bandwidth_dual.band_of(problem).total_hz * (1.0 + 1e-9)
 
 
 def test_least_bandwidth_is_convex_increasing_and_the_inverse_of_the_caps() -> None:
     problem = small(3, mode="bandwidth")
-    box = bandwidth.root(problem)
+    box = bandwidth_dual.root(problem)
     keep = box.low + np.linspace(0.0, 0.98, 60)[:, None] * (box.high - box.low)
-    hz = bandwidth.least_hz(problem, keep)
+    hz = bandwidth_dual.least_hz(problem, keep)
     assert (np.diff(hz, axis=0) > 0.0).all()
     assert (np.diff(hz, 2, axis=0) >= -1e-9 * hz.max()).all()
     np.testing.assert_allclose(problem.caps(hz), keep, rtol=1e-9)
@@ -65,11 +68,11 @@ def test_box_bounds_are_below_random_points_of_the_box() -> None:
     rng = np.random.default_rng(7)
     for empirical in FORMS:
         problem = small(1, empirical, mode="bandwidth")
-        whole = bandwidth.root(problem)
-        box = bandwidth.Box(whole.low + 0.1 * (whole.high - whole.low), whole.low + 0.6 * (whole.high - whole.low))
-        found = bandwidth.BoxBound(problem)(box, np.inf)
+        whole = bandwidth_dual.root(problem)
+        box = bandwidth_dual.Box(whole.low + 0.1 * (whole.high - whole.low), whole.low + 0.6 * (whole.high - whole.low))
+        found = bandwidth_dual.BoxBound(problem)(box, np.inf)
         keep = rng.uniform(box.low, box.high, size=(300, 3))
-        fits = bandwidth.least_hz(problem, keep).sum(axis=1) <= bandwidth.band_of(problem).total_hz
+        fits = bandwidth_dual.least_hz(problem, keep).sum(axis=1) <= bandwidth_dual.band_of(problem).total_hz
         assert fits.sum() > 20
         assert (found.lower <= problem.value(keep[fits]) + 1e-9).all()
 

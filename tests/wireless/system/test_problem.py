@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from fedloom.wireless.channel import Rates, from_db, from_dbm, path_gain, shannon, transfer_s
-from fedloom.wireless.fleet import random_fleet
+from fedloom.wireless.system.fleet import random_fleet
+from fedloom.wireless.system.radio import Rates, from_db, from_dbm, path_gain, shannon, transfer_s
 
-from .problems import random_shares, small
+from ..problems import random_shares, small
 
 
 def test_channel_by_hand() -> None:

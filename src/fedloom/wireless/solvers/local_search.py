@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom.wireless.channel import Array, Rates, Subcarriers
-from fedloom.wireless.problem import Problem
+from fedloom.wireless.system.problem import Problem
+from fedloom.wireless.system.radio import Array, Rates, Subcarriers
 
 Owners = NDArray[np.intp]
 """(M,) the device that holds each subcarrier, -1 for none."""

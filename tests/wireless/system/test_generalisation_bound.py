@@ -5,7 +5,7 @@ import pytest
 from scipy.optimize import minimize
 
 from fedloom.errors import ConfigError
-from fedloom.wireless.bound import Bound, Empirical, Gap, weights
+from fedloom.wireless.system.generalisation_bound import Bound, Empirical, Gap, weights
 
 FORMS = ("linear", "sparsity", "rescaled")
 GAPS = ("pooled", "per_device")

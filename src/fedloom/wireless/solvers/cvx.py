@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fedloom.errors import ConfigError
-from fedloom.wireless.channel import Array
+from fedloom.wireless.system.radio import Array
 
 try:
     import cvxpy

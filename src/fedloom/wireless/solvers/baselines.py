@@ -13,10 +13,10 @@ from typing import Literal, get_args
 import numpy as np
 
 from fedloom.errors import ConfigError
-from fedloom.wireless import bandwidth, search
-from fedloom.wireless.channel import Array, Subcarriers
-from fedloom.wireless.problem import Problem
-from fedloom.wireless.solve import Solution, Status
+from fedloom.wireless.solvers import bandwidth_dual, local_search
+from fedloom.wireless.solvers.branch_and_bound import Solution, Status
+from fedloom.wireless.system.problem import Problem
+from fedloom.wireless.system.radio import Array, Subcarriers
 
 Baseline = Literal["uniform", "equal", "random", "greedy", "no_dropout"]
 
@@ -54,19 +54,19 @@ def equal_share(problem: Problem) -> Array:
     if not isinstance(problem.link, Subcarriers):
         return np.full(devices, problem.link.total_hz / devices)
     order = np.argsort(problem.link.up.mean(axis=1), kind="stable")
-    return search.share_of(order[np.arange(problem.link.count) % devices], devices)
+    return local_search.share_of(order[np.arange(problem.link.count) % devices], devices)
 
 
 def _greedy(problem: Problem) -> Array:
     if isinstance(problem.link, Subcarriers):
-        return search.share_of(search.greedy(problem), len(problem.ids))
+        return local_search.share_of(local_search.greedy(problem), len(problem.ids))
     devices, steps = len(problem.ids), 8 * len(problem.ids)
     step = problem.link.total_hz / steps
     share = np.zeros(devices)
     for _ in range(steps):
         offers = share + step * np.eye(devices)
         caps = problem.caps(offers)
-        share = offers[int(np.argmin([search.merit(problem, row) for row in caps]))]
+        share = offers[int(np.argmin([local_search.merit(problem, row) for row in caps]))]
     return share
 
 
@@ -95,8 +95,8 @@ def serving(problem: Problem, rate: float) -> Array | None:
     rate = min(rate, 1.0)
     if isinstance(problem.link, Subcarriers):
         asked = replace(problem, keep_min=rate)
-        owners = search.improve(asked, search.greedy(asked))
-        share = search.share_of(owners, len(problem.ids))
+        owners = local_search.improve(asked, local_search.greedy(asked))
+        share = local_search.share_of(owners, len(problem.ids))
         return share if (problem.caps(share) >= rate).all() else None
-    hz = bandwidth.least_hz(problem, np.full(len(problem.ids), rate))
+    hz = bandwidth_dual.least_hz(problem, np.full(len(problem.ids), rate))
     return hz * (problem.link.total_hz / hz.sum()) if hz.sum() <= problem.link.total_hz else None

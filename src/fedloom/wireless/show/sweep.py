@@ -17,11 +17,11 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from fedloom.wireless.allocate import solve
-from fedloom.wireless.baselines import Baseline, baseline
-from fedloom.wireless.bound import Bound
-from fedloom.wireless.channel import Array, Subcarriers
-from fedloom.wireless.fleet import Fleet, random_fleet
-from fedloom.wireless.problem import Problem
+from fedloom.wireless.solvers.baselines import Baseline, baseline
+from fedloom.wireless.system.fleet import Fleet, random_fleet
+from fedloom.wireless.system.generalisation_bound import Bound
+from fedloom.wireless.system.problem import Problem
+from fedloom.wireless.system.radio import Array, Subcarriers
 
 LABELS = {
     "bnb": "optimum (branch and bound)",
@@ -189,8 +189,8 @@ def _second(make: Callable[[int, int], Problem], count: int) -> Callable[[int], 
 
 def convergence(problem: Problem, zetas: Sequence[float] = (0.0, 0.1, 1.0), iterations: int = 10) -> Sweep:
     """E8: P-SCA's penalised objective, phase by phase of fixed zeta, and how binary the shares are."""
-    from fedloom.wireless.psca import Surrogate, iterate
-    from fedloom.wireless.scaled import Scaled
+    from fedloom.wireless.solvers.psca import Surrogate, iterate
+    from fedloom.wireless.solvers.reciprocal import Scaled
 
     rng = np.random.default_rng([0, 8])
     scaled = Scaled.of(problem)
@@ -291,6 +291,6 @@ def write(sweep: Sweep, out: Path) -> Path:
         writer = csv.writer(file)
         writer.writerow(Row._fields)
         writer.writerows(sweep.rows)
-    from fedloom.wireless.figures import draw
+    from fedloom.wireless.show.figures import draw
 
     return draw(sweep, out / f"{sweep.name}.png")
