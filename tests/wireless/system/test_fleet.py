@@ -18,26 +18,40 @@ DEVICE: dict[str, Any] = {"id": "a", "samples": 100, "distance_m": 200.0}
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"device": [DEVICE | {"power_w": -0.2}]}, r"device 'a' has power_w = -0.2, but it should be greater than 0"),
-        ({"device": [DEVICE], "band": {"mode": "bandwidth", "bandwidth_hz": 0}}, r"\[band\] has bandwidth_hz = 0"),
-        ({"device": [{"id": "a", "distance_m": 10.0}]}, r"device 'a' lacks 'samples'"),
-        ({"device": [{"samples": 10, "distance_m": 10.0}]}, r"device number 1 lacks 'id'"),
+        ({"device": [DEVICE | {"power_w": -0.2}]}, r"power_w of device 'a': got -0.2, expected greater than 0"),
+        (
+            {"device": [DEVICE], "band": {"mode": "bandwidth", "bandwidth_hz": 0}},
+            r"band.bandwidth_hz: got 0, expected greater than 0",
+        ),
+        ({"device": [{"id": "a", "distance_m": 10.0}]}, r"samples of device 'a' is missing"),
+        ({"device": [{"samples": 10, "distance_m": 10.0}]}, r"id of device number 1 is missing"),
         ({"device": [{"id": "a", "samples": 5}]}, r"device 'a' has neither of distance_m and gain_db"),
         ({"device": [DEVICE | {"gain_db": -100.0}]}, r"device 'a' has both of distance_m and gain_db"),
         (
             {"device": [{"id": "a", "samples": 5, "distance_km": 1.0}]},
-            r"unknown key 'distance_km'; did you mean 'distance_m'\?",
+            r"unknown key 'distance_km' of device 'a'; did you mean 'distance_m'\?; known here: id, ",
         ),
-        ({"device": [DEVICE | {"power_mw": 200}]}, r"unknown key 'power_mw'; did you mean 'power_w'\?"),
-        ({"device": [{"id": "a", "samples": 5, "gain_db": float("nan")}]}, r"device 'a' has gain_db = nan.*finite"),
+        ({"device": [DEVICE | {"power_mw": 200}]}, r"unknown key 'power_mw' of device 'a'; did you mean 'power_w'\?"),
+        (
+            {"device": [{"id": "a", "samples": 5, "gain_db": float("nan")}]},
+            r"gain_db of device 'a': got nan, expected a finite number",
+        ),
         ({"device": [{"id": "a", "samples": 5, "gain_db": [-100.0]}]}, r"has 1 gains, expected 8"),
         ({"device": [DEVICE, DEVICE]}, r"two devices have the id 'a'"),
         ({"device": []}, r"no device"),
-        ({"device": [DEVICE], "limit": {}}, r"the fleet has the unknown key 'limit'; did you mean 'limits'\?"),
-        ({"device": [DEVICE], "limits": {"latency_ms": 5}}, r"unknown key 'latency_ms'; did you mean 'latency_s'\?"),
-        ({"device": [DEVICE], "bound": {"empirical": "lineer"}}, r"\[bound\] has empirical = 'lineer'"),
+        ({"device": [DEVICE], "limit": {}}, r"unknown key 'limit'; did you mean 'limits'\?; known here: seed, band, "),
+        (
+            {"device": [DEVICE], "limits": {"latency_ms": 5}},
+            r"unknown key 'limits.latency_ms'; did you mean 'latency_s'\?",
+        ),
+        (
+            {"device": [DEVICE], "bound": {"empirical": "lineer"}},
+            r"bound.empirical: got 'lineer', expected 'sparsity', 'linear' or 'rescaled'",
+        ),
+        ({"device": [DEVICE], "bound": {"failure": 1.0}}, r"bound.failure is 1.0, expected a probability"),
+        ({"device": [DEVICE], "bound": {"lipshitz": 1.0}}, r"unknown key 'bound.lipshitz'; did you mean 'lipschitz'\?"),
         ({"device": [DEVICE | {"compute_j_per_flop": 1e-12, "kappa_j_s2_per_flop3": 1e-36}]}, r"expected one"),
-        ({"device": [DEVICE], "limits": {"latency_s": "5 s"}}, r"\[limits\] has latency_s = '5 s'.*number"),
+        ({"device": [DEVICE], "limits": {"latency_s": "5 s"}}, r"limits.latency_s: got '5 s', expected a valid number"),
     ],
 )
 def test_bad_fleets_get_one_clear_message(raw: dict[str, Any], message: str) -> None:
@@ -51,10 +65,10 @@ def test_files_that_are_no_fleet(tmp_path: Path) -> None:
         read_fleet(tmp_path / "none.toml")
     path = tmp_path / "fleet.toml"
     path.write_text("seed = ")
-    with pytest.raises(ConfigError, match=r"fleet.toml is not TOML"):
+    with pytest.raises(ConfigError, match=r"fleet.toml is not valid TOML"):
         read_fleet(path)
     path.write_text("[[device]]\nid = 'a'\nsamples = 3\n[device.x]\n")
-    with pytest.raises(ConfigError, match=r"fleet.toml: device 'a' has the unknown key 'x'"):
+    with pytest.raises(ConfigError, match=r"fleet.toml: .*unknown key 'x' of device 'a'"):
         read_fleet(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_fleet(tmp_path)

@@ -64,7 +64,7 @@ class Sweep:
 
 def bound_shape(bound: Bound | None = None, samples: Sequence[int] = (500, 1000, 2000, 4000)) -> Sweep:
     """E3: Phi over one common dropout rate for several n, each curve's minimum marked, with the two parts for one n."""
-    bound = bound or Bound(dropout_penalty=1.0)
+    bound = bound or Bound()
     rows = []
     rates = np.linspace(0.0, 0.95, 96)
     for n in samples:

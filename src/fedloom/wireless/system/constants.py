@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import json
 import math
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedloom import toml
 from fedloom.errors import ConfigError, RunError
 from fedloom.wireless.system.generalisation_bound import Bound, Empirical, Gap
 
@@ -123,7 +123,7 @@ def _number(report: dict[str, Any], key: str, number: int, path: Path) -> float:
 def _learning_rate(run_dir: Path) -> float:
     """train.lr of the resolved configuration; 1 without one."""
     try:
-        config = tomllib.loads((run_dir / "run.toml").read_text())
+        config = toml.read_toml(run_dir / "run.toml", missing="")
         return float(config["train"]["lr"])
-    except (OSError, KeyError, TypeError, ValueError):
+    except (ConfigError, KeyError, TypeError, ValueError):
         return 1.0

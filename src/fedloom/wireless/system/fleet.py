@@ -19,14 +19,14 @@ not available. A channel is reciprocal: up and down see the same gain.
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from fedloom.errors import ConfigError, nearest
+from fedloom import toml
+from fedloom.errors import ConfigError
 from fedloom.wireless.system.generalisation_bound import Bound, Empirical, Gap
 from fedloom.wireless.system.problem import Problem
 from fedloom.wireless.system.radio import Array, Band, Compute, Subcarriers, from_db, from_dbm, path_gain, shannon
@@ -76,20 +76,6 @@ class LimitsTable(_Table):
     keep_min: float = Field(0.05, gt=0, le=1)
 
 
-class BoundTable(_Table):
-    """[bound], see `Bound`."""
-
-    empirical: Empirical = "linear"
-    gap: Gap = "pooled"
-    base_error: float = 0.0
-    dropout_penalty: float = Field(1.0, gt=0)
-    loss_range: float = Field(1.0, gt=0)
-    lipschitz: float = Field(1.0, gt=0)
-    curvature_min: float = Field(0.01, gt=0)
-    regularisation: float = Field(0.1, gt=0)
-    failure: float = Field(0.05, gt=0, lt=1)
-
-
 class DefaultsTable(_Table):
     """[defaults] of a device."""
 
@@ -135,7 +121,7 @@ class Fleet(_Table):
     band: BandTable = BandTable()
     model: ModelTable = ModelTable()
     limits: LimitsTable = LimitsTable()
-    bound: BoundTable = BoundTable()
+    bound: Bound = Bound()
     defaults: DefaultsTable = DefaultsTable()
     device: list[DeviceTable] = []
     random: RandomTable | None = None
@@ -187,7 +173,7 @@ class Fleet(_Table):
             energy_limit_j=np.array([d.energy_j or self.limits.energy_j for d in devices]),
             fixed_bits=model.bits_per_parameter * model.head_parameters,
             lora_bits=model.bits_per_parameter * model.lora_parameters,
-            bound=bound or Bound(**self.bound.model_dump()),
+            bound=bound or self.bound,
             keep_min=self.limits.keep_min,
             local_epochs=model.local_epochs,
         )
@@ -256,20 +242,10 @@ def _model_of_run(model: ModelTable) -> ModelTable:
 
 
 def read_fleet(path: Path | str) -> Fleet:
-    """A fleet from its TOML file. Raises ConfigError with one message for the first thing that is wrong."""
+    """A fleet from its TOML file. Raises ConfigError with one message for all that is wrong."""
     path = Path(path)
-    try:
-        raw = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist, expected a fleet file: correct the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
-    try:
-        fleet = parse_fleet(raw)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    raw = toml.read_toml(path, missing=f"{path} does not exist, expected a fleet file: correct the path")
+    fleet = toml.validate(Fleet, raw, str(path))
     if fleet.model.run is not None and not fleet.model.run.is_absolute():
         model = fleet.model.model_copy(update={"run": path.parent / fleet.model.run})
         return fleet.model_copy(update={"model": model})
@@ -278,48 +254,7 @@ def read_fleet(path: Path | str) -> Fleet:
 
 def parse_fleet(raw: dict[str, Any]) -> Fleet:
     """A fleet from a plain dict (the file's content). Raises ConfigError."""
-    try:
-        return Fleet.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, raw)) from None
-
-
-def _explain(error: ValidationError, raw: dict[str, Any]) -> str:
-    """One line for the first mistake: unknown keys first, since they often cause the others."""
-    found = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")[0]
-    where = [part for part in found["loc"] if not str(part).startswith(("list[", "float", "literal["))]
-    place, key = _place(where, raw), str(where[-1])
-    if found["type"] == "extra_forbidden":
-        known = _known(where[:-1])
-        meant = nearest(key, known)
-        return f"{place} has the unknown key {key!r}{meant} (known: {', '.join(known)}; the unit is part of a key)"
-    if found["type"] == "missing":
-        return f"{place} lacks {key!r}: add {key} = ..."
-    text = found["msg"][0].lower() + found["msg"][1:]
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{place} has {key} = {found['input']!r}, but {text.replace('input should', 'it should')}: change it{more}"
-
-
-def _place(where: list[int | str], raw: dict[str, Any]) -> str:
-    if where and where[0] == "device" and len(where) > 1 and isinstance(where[1], int):
-        entry = raw["device"][where[1]]
-        name = entry.get("id") if isinstance(entry, dict) else None
-        return f"device {name!r}" if name is not None else f"device number {where[1] + 1}"
-    return f"[{where[0]}]" if len(where) > 1 else "the fleet"
-
-
-def _known(tables: list[int | str]) -> list[str]:
-    name = str(tables[0]) if tables else ""
-    kinds: dict[str, type[BaseModel]] = {
-        "band": BandTable,
-        "model": ModelTable,
-        "limits": LimitsTable,
-        "bound": BoundTable,
-        "defaults": DefaultsTable,
-        "device": DeviceTable,
-        "random": RandomTable,
-    }
-    return list(kinds.get(name, Fleet).model_fields)
+    return toml.validate(Fleet, raw)
 
 
 def random_fleet(

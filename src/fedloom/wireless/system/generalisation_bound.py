@@ -18,6 +18,7 @@ from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
+from pydantic import ConfigDict, with_config
 
 from fedloom.errors import ConfigError
 from fedloom.wireless.system.radio import Array
@@ -28,6 +29,7 @@ Gap = Literal["pooled", "per_device"]
 _BISECTIONS = 50  # of [keep_min, 1]: the rate to 1e-15
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, kw_only=True)
 class Bound:
     """Constants and shape of the bound. A keep rate is x = 1 - dropout rate, arrays are (..., K).
@@ -40,7 +42,7 @@ class Bound:
     gap: Gap = "pooled"
     base_error: float = 0.0
     """A0, the part of the empirical error that dropout does not touch."""
-    dropout_penalty: float = 0.1
+    dropout_penalty: float = 1.0
     """A1, the price of dropping everything (`linear`, `sparsity`)."""
     loss_range: float = 1.0
     """C."""
