@@ -8,7 +8,7 @@ import numpy as np
 
 from fedloom.errors import ConfigError
 from fedloom.wireless.solvers.branch_and_bound import Solution, Status
-from fedloom.wireless.solvers.local_search import link_of, share_of
+from fedloom.wireless.solvers.local_search import share_of
 from fedloom.wireless.system.problem import Problem
 from fedloom.wireless.system.radio import Array
 
@@ -19,7 +19,7 @@ _MOST = 2_000_000
 def exhaustive(problem: Problem) -> Solution[Array]:
     """The optimum by looking at all assignments; ConfigError above two million of them. Point: share (K, M)."""
     began = time.perf_counter()
-    devices, count = link_of(problem).up.shape
+    devices, count = problem.subcarriers.up.shape
     total = (devices + 1) ** count
     if total > _MOST:
         raise ConfigError(

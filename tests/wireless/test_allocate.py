@@ -6,7 +6,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from fedloom.wireless import Allocation, Network, Status, allocate, diagnosis, r
 from fedloom.wireless.allocate import solve
 from fedloom.wireless.show.command import allocate_command
 from fedloom.wireless.show.tables import print_allocation
-from fedloom.wireless.solvers.baselines import Baseline, baseline
+from fedloom.wireless.solvers.baselines import BASELINES, baseline
 from fedloom.wireless.system.problem import Problem
 from fedloom.wireless.system.radio import Subcarriers
 
@@ -125,9 +124,11 @@ def test_a_device_that_cannot_be_served_is_named_with_what_it_takes() -> None:
         allocate(slow)
     more = float(str(caught.value).split("raise limits.latency_s by ")[1].split(" s")[0])
     enough = slow.with_limits(latency_factor=1.0 + 1.002 * more / slow.latency_limit_s)
-    assert not diagnosis.alone(enough), "moving the limit by what the message says is enough for that device alone"
+    assert not diagnosis.infeasible_alone(enough), (
+        "moving the limit by what the message says is enough for that device alone"
+    )
     almost = slow.with_limits(latency_factor=1.0 + 0.99 * more / slow.latency_limit_s)
-    assert diagnosis.alone(almost)
+    assert diagnosis.infeasible_alone(almost)
     hungry = replace(problem, energy_limit_j=problem.energy_limit_j * np.array([1.0, 1.0, 0.01]))
     with pytest.raises(ConfigError, match=r"device 'd2' needs at least .* J a round.*raise its energy_j by"):
         allocate(hungry)
@@ -138,7 +139,7 @@ def test_devices_that_cannot_be_served_together_are_told_a_limit_that_is_enough(
         crowded
         for seed in range(12)
         for keep_min in (0.3, 0.4, 0.5, 0.6)
-        if not diagnosis.alone(crowded := replace(small(seed), keep_min=keep_min))
+        if not diagnosis.infeasible_alone(crowded := replace(small(seed), keep_min=keep_min))
         and solve(crowded).status is Status.INFEASIBLE
     )
     with pytest.raises(ConfigError, match=r"no share of the band serves all devices.*device 'd\d'") as caught:
@@ -190,7 +191,7 @@ def test_no_baseline_beats_the_optimum_and_uniform_is_its_own_best() -> None:
     for seed in range(6):
         problem = small(seed)
         best = solve(problem)
-        for name in get_args(Baseline):
+        for name in BASELINES:
             found, keep = baseline(problem, name, seed)
             if keep is None:
                 continue

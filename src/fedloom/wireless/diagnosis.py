@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedloom.wireless.solvers import bandwidth_dual, local_search
+from fedloom.wireless.solvers.heuristics import heuristics
 from fedloom.wireless.system.problem import Problem
-from fedloom.wireless.system.radio import Array, Rates, Subcarriers
 
 _SHOWN = 10
 
 
-def alone(problem: Problem) -> list[str]:
+def infeasible_alone(problem: Problem) -> list[str]:
     """One sentence for each limit that a device breaks even with the whole band to itself; empty if none does."""
-    everything = _whole_band(problem)
+    everything = problem.link.whole_band()
     keep = np.full(len(problem.ids), problem.keep_min)
     lines = []
     bits = problem.payload_bits(keep)
     fastest = bits / everything.up + bits / everything.down + problem.compute.seconds(keep)
-    cheapest = _least_joules(problem, everything, keep)
     seconds = problem.compute.seconds(keep)
     joules = problem.compute.joules(keep) + problem.compute.overhead_j
+    cheapest = bits * problem.link.least_j_per_bit() + problem.compute.joules(keep) + problem.compute.overhead_j
     for k, name in enumerate(problem.ids):
         limit_s, limit_j = problem.latency_limit_s, problem.energy_limit_j[k]
         if fastest[k] > limit_s:
@@ -43,27 +42,13 @@ def _enough(amount: float) -> str:
     return f"{amount * 1.0006:.4g}"
 
 
-def _whole_band(problem: Problem) -> Rates:
-    link, devices = problem.link, len(problem.ids)
-    if isinstance(link, Subcarriers):
-        return Rates(link.up.sum(axis=1), link.down.sum(axis=1), link.power_w * link.count)
-    return link.rates(np.full(devices, link.total_hz))
-
-
-def _least_joules(problem: Problem, everything: Rates, keep: Array) -> Array:
-    link = problem.link
-    # Whole subcarriers: the best one alone costs the least energy a bit.
-    per_bit = link.power_w / link.up.max(axis=1) if isinstance(link, Subcarriers) else link.power_w / everything.up
-    return np.asarray(problem.payload_bits(keep) * per_bit + problem.compute.joules(keep) + problem.compute.overhead_j)
-
-
 def explain(problem: Problem, *, proven: bool) -> str:
     """The message for a problem without a feasible point.
 
     If every device could be served alone, the limits are loosened together until a search serves them all; what it then
     needs is enough, but maybe not the least.
     """
-    lines = alone(problem)
+    lines = infeasible_alone(problem)
     if lines:
         if len(lines) == 1:
             return lines[0]
@@ -91,12 +76,7 @@ def explain(problem: Problem, *, proven: bool) -> str:
 
 
 def _served(problem: Problem) -> bool:
-    if isinstance(problem.link, Subcarriers):
-        return bool(
-            np.isfinite(local_search.value_of(problem, local_search.improve(problem, local_search.greedy(problem))))
-        )
-    keep = np.full(len(problem.ids), problem.keep_min)
-    return bool(bandwidth_dual.least_hz(problem, keep).sum() <= problem.link.total_hz)
+    return heuristics(problem).share_for_rate(problem, problem.keep_min)[1]
 
 
 def _least_factor(problem: Problem, argument: str) -> float | None:
@@ -114,11 +94,7 @@ def _least_factor(problem: Problem, argument: str) -> float | None:
 
 def _hardest(problem: Problem) -> tuple[str, str]:
     """The device furthest from keep_min under the best share found, and the limit that holds it there."""
-    if isinstance(problem.link, Subcarriers):
-        share = local_search.share_of(local_search.improve(problem, local_search.greedy(problem)), len(problem.ids))
-    else:
-        hz = bandwidth_dual.least_hz(problem, np.full(len(problem.ids), problem.keep_min))
-        share = hz * (problem.link.total_hz / hz.sum())
+    share, _ = heuristics(problem).share_for_rate(problem, problem.keep_min)
     rates = problem.link.rates(share)
     late, over = problem.latency_caps(rates), problem.energy_caps(rates)
     k = int(np.argmin(np.minimum(late, over)))

@@ -17,7 +17,7 @@ from fedloom.wireless.allocate import Allocation
 from fedloom.wireless.system import radio
 from fedloom.wireless.system.fleet import Fleet
 from fedloom.wireless.system.problem import Problem
-from fedloom.wireless.system.radio import Array, Rates, Subcarriers
+from fedloom.wireless.system.radio import Array, Holding, Rates
 
 
 class DeviceRound(TypedDict):
@@ -74,22 +74,13 @@ class Network:
                 f"the allocation is for the devices {', '.join(ids)}, expected those of the fleet, {', '.join(problem.ids)}: "
                 "allocate again for this fleet"
             )
-        whole = isinstance(problem.link, Subcarriers)
-        if whole != (allocation.mode == "subcarrier"):
+        if problem.link.mode != allocation.mode:
             raise ConfigError(
                 f"the allocation is in {allocation.mode} mode, the fleet is not: allocate again for this fleet"
             )
-        if isinstance(problem.link, Subcarriers):
-            share = np.zeros(problem.link.up.shape)
-            for k, device in enumerate(allocation.devices):
-                for m in device.subcarriers or ():
-                    if m >= problem.link.count:
-                        raise ConfigError(
-                            f"the allocation uses subcarrier {m}, the fleet has {problem.link.count}: allocate again"
-                        )
-                    share[k, m] = 1.0
-        else:
-            share = np.array([device.bandwidth_hz for device in allocation.devices])
+        share = problem.link.share_of_holdings(
+            [Holding(device.subcarriers, device.bandwidth_hz) for device in allocation.devices]
+        )
         keep = np.array([device.keep for device in allocation.devices])
         return Network(problem, allocation, problem.link.rates(share), keep)
 

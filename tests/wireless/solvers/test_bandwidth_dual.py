@@ -18,7 +18,7 @@ from ..problems import FORMS, GAPS, small
 
 def best_on_grid(problem: Problem, steps: int) -> float:
     """The best of all divisions into multiples of 1 / steps of the band."""
-    total = bandwidth_dual.band_of(problem).total_hz
+    total = problem.band.total_hz
     parts = np.array([p for p in itertools.product(range(1, steps), repeat=2) if sum(p) < steps], dtype=float)
     shares = np.column_stack([parts, steps - parts.sum(axis=1)]) * (total / steps)
     return float(problem.value_of_caps(problem.caps(shares)).min())
@@ -43,15 +43,12 @@ def test_points_satisfy_the_original_constraints(seed: int) -> None:
     problem = small(seed, "rescaled", mode="bandwidth")
     found = solve(problem, "psca")
     if found.point is None:
-        assert (
-            bandwidth_dual.least_hz(problem, np.full(3, problem.keep_min)).sum()
-            > bandwidth_dual.band_of(problem).total_hz
-        )
+        assert bandwidth_dual.least_hz(problem, np.full(3, problem.keep_min)).sum() > problem.band.total_hz
         return
     keep = problem.best(problem.caps(found.point))
     late, over = problem.excess(found.point, keep)
     assert max(late.max(), over.max()) <= 1e-6
-    assert found.point.sum() <= bandwidth_dual.band_of(problem).total_hz * (1.0 + 1e-9)
+    assert found.point.sum() <= problem.band.total_hz * (1.0 + 1e-9)
 
 
 def test_least_bandwidth_is_convex_increasing_and_the_inverse_of_the_caps() -> None:
@@ -70,9 +67,9 @@ def test_box_bounds_are_below_random_points_of_the_box() -> None:
         problem = small(1, empirical, mode="bandwidth")
         whole = bandwidth_dual.root(problem)
         box = bandwidth_dual.Box(whole.low + 0.1 * (whole.high - whole.low), whole.low + 0.6 * (whole.high - whole.low))
-        found = bandwidth_dual.BoxBound(problem)(box, np.inf)
+        found = bandwidth_dual.DualBound(problem)(box, np.inf)
         keep = rng.uniform(box.low, box.high, size=(300, 3))
-        fits = bandwidth_dual.least_hz(problem, keep).sum(axis=1) <= bandwidth_dual.band_of(problem).total_hz
+        fits = bandwidth_dual.least_hz(problem, keep).sum(axis=1) <= problem.band.total_hz
         assert fits.sum() > 20
         assert (found.lower <= problem.value(keep[fits]) + 1e-9).all()
 

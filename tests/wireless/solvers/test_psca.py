@@ -5,7 +5,7 @@ import pytest
 
 from fedloom.wireless.allocate import solve
 from fedloom.wireless.solvers.branch_and_bound import Status, branch_and_bound
-from fedloom.wireless.solvers.mccormick import RelaxationBound, root
+from fedloom.wireless.solvers.mccormick import McCormickBound, root
 from fedloom.wireless.solvers.psca import Surrogate, iterate, psca
 from fedloom.wireless.solvers.reciprocal import Scaled, binary_majorant, penalty_majorant, product_minorant
 from fedloom.wireless.system.generalisation_bound import Empirical
@@ -68,11 +68,11 @@ def test_relaxation_at_a_fixed_assignment_is_the_value_there(empirical: Empirica
     problem = small(5, empirical)
     point = solve(problem).point
     assert point is not None
-    bound = RelaxationBound(problem)
-    from fedloom.wireless.solvers.mccormick import Box, lone_caps
+    bound = McCormickBound(problem)
+    from fedloom.wireless.solvers.mccormick import Box, single_device_caps
 
     box = Box(point > 0.5, point > 0.5)
-    lower, _ = bound.relax(box, lone_caps(problem, box))
+    lower, _ = bound.relax(box, single_device_caps(problem, box))
     value = float(problem.value_of_caps(problem.caps(point)))
     assert lower <= value
     if empirical == "rescaled":
@@ -131,7 +131,7 @@ def test_work_of_psca_does_not_grow_like_branch_and_bound_on_the_same_relaxation
     nodes, solves = {}, {}
     for count in (3, 6):
         problems = [small(seed, subcarriers=count) for seed in (1, 2)]
-        bounds = [RelaxationBound(problem) for problem in problems]
+        bounds = [McCormickBound(problem) for problem in problems]
         found = [branch_and_bound(root(p), b, tolerance=1e-5) for p, b in zip(problems, bounds, strict=True)]
         nodes[count] = sum(solution.nodes for solution in found)
         solves[count] = [psca(problem).nodes for problem in problems]

@@ -55,9 +55,9 @@ def test_every_root_bound_is_below_the_optimum(empirical: Empirical, gap: Gap, s
     problem = small(seed, empirical, gap)
     optimum = exhaustive(problem).value
     assert np.isfinite(optimum)
-    fast = float(problem.value_of_caps(mccormick.lone_caps(problem, mccormick.root(problem))))
-    convex = mccormick.RelaxationBound(problem)(mccormick.root(problem), np.inf).lower
-    lagrange = lagrangian.ColumnBound(problem)._dual(lagrangian.root(problem), optimum).lower
+    fast = float(problem.value_of_caps(mccormick.single_device_caps(problem, mccormick.root(problem))))
+    convex = mccormick.McCormickBound(problem)(mccormick.root(problem), np.inf).lower
+    lagrange = lagrangian.LagrangianBound(problem)._dual(lagrangian.root(problem), optimum).lower
     for lower in (fast, convex, lagrange):
         assert lower <= optimum + 1e-9
     assert convex >= fast, "the relaxation is never below the single-device bound, which it includes"
@@ -68,7 +68,7 @@ def test_every_root_bound_is_below_the_optimum(empirical: Empirical, gap: Gap, s
 def test_branching_on_the_relaxation_gives_the_same_optimum(empirical: Empirical, seed: int) -> None:
     """The search used above the size of the tables, at a size where the truth is known."""
     problem = small(seed, empirical)
-    bound = mccormick.RelaxationBound(problem)
+    bound = mccormick.McCormickBound(problem)
     found = branch_and_bound(mccormick.root(problem), bound, tolerance=bound.tolerance)
     assert found.status is Status.OPTIMAL and found.nodes > 1
     assert found.lower <= exhaustive(problem).value + 1e-9
@@ -77,7 +77,7 @@ def test_branching_on_the_relaxation_gives_the_same_optimum(empirical: Empirical
 
 def test_lower_bounds_never_fall_and_never_pass_the_value() -> None:
     problem = small(2, "linear", devices=4, subcarriers=7)
-    bound = mccormick.RelaxationBound(problem)
+    bound = mccormick.McCormickBound(problem)
     found = branch_and_bound(mccormick.root(problem), bound, tolerance=bound.tolerance)
     lowers = [p.lower for p in found.trace]
     assert len(lowers) > 2 and lowers == sorted(lowers)
@@ -89,9 +89,9 @@ def test_lower_bounds_never_fall_and_never_pass_the_value() -> None:
 def test_branching_on_columns_closes_what_the_root_leaves() -> None:
     """With few subgradient steps and no enumeration the search has to branch, and still ends at the optimum."""
     problem = small(2, "linear", subcarriers=6)
-    bound = lagrangian.ColumnBound(problem, steps=3)
+    bound = lagrangian.LagrangianBound(problem, steps=3)
     bound._enumerate = lambda left, dual, goal: (  # type: ignore[method-assign]
-        None if max(map(len, left.sets)) > 1 else lagrangian.ColumnBound._enumerate(bound, left, dual, goal)
+        None if max(map(len, left.sets)) > 1 else lagrangian.LagrangianBound._enumerate(bound, left, dual, goal)
     )
     found = branch_and_bound(lagrangian.root(problem), bound)
     assert found.nodes > 3
@@ -112,10 +112,10 @@ def test_infeasible_together_is_proven() -> None:
     for seed in range(6):
         for keep_min in (0.2, 0.3, 0.4, 0.5, 0.6):
             problem = replace(small(seed), keep_min=keep_min)
-            if diagnosis.alone(problem):
+            if diagnosis.infeasible_alone(problem):
                 continue
             truth = exhaustive(problem)
-            found = branch_and_bound(lagrangian.root(problem), lagrangian.ColumnBound(problem))
+            found = branch_and_bound(lagrangian.root(problem), lagrangian.LagrangianBound(problem))
             assert found.status is truth.status
             proven += truth.status is Status.INFEASIBLE
     assert proven >= 3

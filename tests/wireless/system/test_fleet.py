@@ -88,7 +88,7 @@ def test_arrays_by_hand() -> None:
     assert isinstance(link, Subcarriers)
     np.testing.assert_allclose(link.up[0], shannon(1e6, 0.05 * path_gain(200.0) / noise))
     np.testing.assert_allclose(link.up[1, 1], shannon(1e6, 0.1 * 1e-11 / noise))
-    np.testing.assert_allclose(link.power_w, [0.05, 0.1])
+    np.testing.assert_allclose(link.power_per_subcarrier_w, [0.05, 0.1])
     np.testing.assert_allclose(problem.compute.base_s, [2 * 100 * 5e9 / 1e12, 2 * 50 * 5e9 / 1e12])
     np.testing.assert_allclose(problem.compute.base_j, problem.compute.base_s * 2.0)
     band = parse_fleet({**raw, "band": {"mode": "bandwidth", "fading": False}, "device": [DEVICE]}).problem().link

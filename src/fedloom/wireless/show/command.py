@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 from rich.console import Console
 
 from fedloom.errors import ConfigError
-from fedloom.wireless.allocate import Solver, allocate
+from fedloom.wireless.allocate import allocate
 from fedloom.wireless.show.tables import print_allocation
 from fedloom.wireless.system.constants import from_run
 from fedloom.wireless.system.fleet import Fleet, read_fleet
@@ -36,7 +35,7 @@ def allocate_command(
     problem = described.problem(seed, bound=_bound(described, constants_from))
     if out is not None and not out.parent.exists():
         raise ConfigError(f"the folder {out.parent} of --out does not exist: make it, or give another")
-    allocation = allocate(problem, cast(Solver, solver), time_limit_s, described.seed if seed is None else seed)
+    allocation = allocate(problem, solver, time_limit_s, described.seed if seed is None else seed)
     try:
         text = allocation.to_json(out)
     except OSError as error:
@@ -61,10 +60,3 @@ def _bound(fleet: Fleet, run_dir: Path | None) -> Bound | None:
     found = from_run(run_dir).bound(fleet.bound.empirical, fleet.bound.gap)
     own = fleet.bound
     return replace(found, base_error=own.base_error, regularisation=own.regularisation, failure=own.failure)
-
-
-def constants_command(run_dir: Path) -> None:
-    """Print a run's constants as a [bound] table for a fleet file."""
-    print("[bound]")
-    for name, value in asdict(from_run(run_dir).bound()).items():
-        print(f"{name} = {value!r}" if isinstance(value, str) else f"{name} = {value:.6g}")

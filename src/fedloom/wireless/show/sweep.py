@@ -12,16 +12,17 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 
 from fedloom.wireless.allocate import solve
-from fedloom.wireless.solvers.baselines import Baseline, baseline
+from fedloom.wireless.solvers.baselines import BASELINES, baseline
+from fedloom.wireless.solvers.registry import SOLVERS
 from fedloom.wireless.system.fleet import Fleet, random_fleet
 from fedloom.wireless.system.generalisation_bound import Bound
 from fedloom.wireless.system.problem import Problem
-from fedloom.wireless.system.radio import Array, Subcarriers
+from fedloom.wireless.system.radio import Array
 
 LABELS = {
     "bnb": "optimum (branch and bound)",
@@ -32,7 +33,7 @@ LABELS = {
     "random": "random rates",
     "no_dropout": "no dropout",
 }
-_STRATEGIES = ("bnb", "psca", *get_args(Baseline))
+_STRATEGIES = (*SOLVERS, *BASELINES)
 
 
 class Row(NamedTuple):
@@ -123,12 +124,9 @@ def strategies(
 
 
 def _value(problem: Problem, curve: str, seed: int, time_limit_s: float) -> float:
-    if curve == "bnb" or curve == "psca":
-        return solve(problem, "bnb" if curve == "bnb" else "psca", time_limit_s, seed).value
-    for known in get_args(Baseline):
-        if curve == known:
-            return baseline(problem, known, seed)[0].value
-    raise ValueError(f"unknown strategy {curve!r}, expected one of {', '.join(_STRATEGIES)}")
+    if curve in SOLVERS:
+        return solve(problem, curve, time_limit_s, seed).value
+    return baseline(problem, curve, seed)[0].value
 
 
 def latency_sweep(base: Callable[[int], Problem], seeds: int, factors: Sequence[float]) -> Sweep:
@@ -274,7 +272,7 @@ def all_sweeps(fleet: Fleet | None = None, seed: int | None = None, *, quick: bo
     yield energy_sweep(base, single, (0.5, 1.0, 2.0) if quick else (0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 4.0))
     yield band_sweep(lambda m, s: fixed(4, m, s), seeds, (6, 10) if quick else (4, 5, 6, 7, 8, 10, 12, 14, 16))
     yield devices_sweep(lambda k, s: fixed(k, 12, s), seeds, (2, 4) if quick else (2, 3, 4, 5, 6, 7, 8))
-    if isinstance(base(0).link, Subcarriers):
+    if base(0).link.mode == "subcarrier":
         yield convergence(base(0))
     yield from run_time(lambda m, s: drawn(4, m, s), seeds, (4, 6) if quick else (4, 5, 6, 7, 8, 10, 12, 14, 16))
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedloom.wireless.allocate import Allocation
+from fedloom.wireless.solvers.registry import SOLVERS
 
 _PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u"))
 
@@ -97,7 +98,7 @@ def summary(allocation: Allocation) -> str:
     """The objective in its parts, its bracket, and how the search went."""
     lower = f"{allocation.lower:.8g}" if np.isfinite(allocation.lower) else "not known"
     gap = f" (gap {100.0 * allocation.relative_gap:.2g} %)" if np.isfinite(allocation.lower) else ""
-    what = "nodes" if allocation.solver == "bnb" else "convex solves"
+    what = SOLVERS[allocation.solver].counts if allocation.solver in SOLVERS else "steps"
     slowest = max(device.latency_s for device in allocation.devices)
     return (
         f"latency limit {allocation.latency_limit_s:.4g} s, slowest device {slowest:.4g} s\n"

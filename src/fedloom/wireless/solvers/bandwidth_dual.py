@@ -19,7 +19,7 @@ import numpy as np
 
 from fedloom.wireless.solvers.branch_and_bound import Bounded, Progress, Solution, Status
 from fedloom.wireless.system.problem import Problem
-from fedloom.wireless.system.radio import Array, Band
+from fedloom.wireless.system.radio import Array
 
 _HALVINGS = 60  # of the band, for b_k(x)
 _COARSE, _FINE = 48, 49  # grid points over the box and around each minimiser
@@ -45,16 +45,9 @@ class _Price:
     hz: float
 
 
-def band_of(problem: Problem) -> Band:
-    """The problem's band; TypeError in `subcarrier` mode."""
-    if not isinstance(problem.link, Band):
-        raise TypeError("this solver divides a bandwidth, got a problem in subcarrier mode")
-    return problem.link
-
-
 def least_hz(problem: Problem, keep: Array) -> Array:
     """b_k(x), (..., K): the least bandwidth for the keep rates, to 1e-15 of the band; +inf above the whole band."""
-    total = band_of(problem).total_hz
+    total = problem.band.total_hz
     low, high = np.zeros_like(keep), np.full_like(keep, total)
     possible = problem.caps(high) >= keep
     for _ in range(_HALVINGS):
@@ -67,7 +60,7 @@ def least_hz(problem: Problem, keep: Array) -> Array:
 def value_of(problem: Problem, keep: Array) -> tuple[float, Array | None]:
     """Phi and a share for rates wished for: what is left of the band is spread in proportion. (+inf, None) if too much."""
     hz = least_hz(problem, keep)
-    total = band_of(problem).total_hz
+    total = problem.band.total_hz
     if not hz.sum() <= total * (1.0 + 1e-12):
         return np.inf, None
     share = hz * (total / hz.sum())
@@ -78,7 +71,7 @@ def value_of(problem: Problem, keep: Array) -> tuple[float, Array | None]:
 def root(problem: Problem) -> Box:
     """All rates that a device could have with the whole band."""
     devices = len(problem.ids)
-    caps = problem.caps(np.full(devices, band_of(problem).total_hz))
+    caps = problem.caps(np.full(devices, problem.band.total_hz))
     return Box(np.full(devices, problem.keep_min), np.minimum(1.0, caps))
 
 
@@ -161,7 +154,7 @@ def relaxed(
     `tangent` (K,) replaces e by its tangent there, (43): then the bound is of that convex surrogate. Each zoom makes the
     grid around the minimisers 8 times finer and the bound's error about 60 times smaller.
     """
-    bound, w, total = problem.bound, problem.weights, band_of(problem).total_hz
+    bound, w, total = problem.bound, problem.weights, problem.band.total_hz
     n = float(problem.samples.sum())
     pooled = bound.gap == "pooled"
     low_q, high_q = float(w @ box.low**2), float(w @ box.high**2)
@@ -197,7 +190,7 @@ def relaxed(
 
 def feasible(problem: Problem, wish: Array, sure: Array) -> Array:
     """The point nearest to `wish` on the way from `sure`, which fits, that the band allows. b is convex: so is the way."""
-    total = band_of(problem).total_hz
+    total = problem.band.total_hz
     low, high = 0.0, 1.0
     if least_hz(problem, wish).sum() <= total:
         return wish
@@ -208,7 +201,7 @@ def feasible(problem: Problem, wish: Array, sure: Array) -> Array:
     return sure + low * (wish - sure)
 
 
-class BoxBound:
+class DualBound:
     """`bound` for `branch_and_bound` over `Box`. Points are shares (K,) in Hz."""
 
     def __init__(self, problem: Problem, *, tolerance: float = 1e-7) -> None:
@@ -217,14 +210,14 @@ class BoxBound:
 
     def __call__(self, node: Box, cutoff: float) -> Bounded[Box, Array]:
         least = least_hz(self.problem, node.low)
-        if not least.sum() <= band_of(self.problem).total_hz or (node.high < node.low).any():
+        if not least.sum() <= self.problem.band.total_hz or (node.high < node.low).any():
             return Bounded(np.inf)
         fast = self._on_box(node)
         if fast >= cutoff - self.tolerance:
             return Bounded(fast)
         lower, wish, sure = relaxed(self.problem, node)
         lower = max(lower, fast)
-        if least_hz(self.problem, sure).sum() > band_of(self.problem).total_hz:
+        if least_hz(self.problem, sure).sum() > self.problem.band.total_hz:
             sure = node.low
         keep = feasible(self.problem, wish, sure)
         value, share = value_of(self.problem, keep)
@@ -263,7 +256,7 @@ def descend(problem: Problem, keep: Array, iterations: int = 8) -> tuple[float, 
     best, point = value_of(problem, keep)
     for solves in range(1, iterations + 1):
         _, wish, sure = relaxed(problem, box, tangent=keep, zooms=2)
-        if least_hz(problem, sure).sum() > band_of(problem).total_hz:
+        if least_hz(problem, sure).sum() > problem.band.total_hz:
             sure = box.low
         keep = feasible(problem, wish, sure)
         value, share = value_of(problem, keep)
@@ -280,7 +273,7 @@ def sca(problem: Problem, *, starts: int = 2, seed: int = 0, time_limit_s: float
     """
     began = time.perf_counter()
     box = root(problem)
-    first = BoxBound(problem)(box, np.inf)
+    first = DualBound(problem)(box, np.inf)
     best, point, solves = first.value, first.point, 1
     trace = [Progress(time.perf_counter() - began, 1, first.lower, best)]
     rng = np.random.default_rng([seed, 4])

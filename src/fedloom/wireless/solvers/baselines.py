@@ -7,40 +7,31 @@ worth being; `equal` takes the best rates for its equal shares. All derived; the
 from __future__ import annotations
 
 import time
-from dataclasses import replace
-from typing import Literal, get_args
+from collections.abc import Callable
 
 import numpy as np
 
 from fedloom.errors import ConfigError
-from fedloom.wireless.solvers import bandwidth_dual, local_search
 from fedloom.wireless.solvers.branch_and_bound import Solution, Status
+from fedloom.wireless.solvers.heuristics import heuristics
 from fedloom.wireless.system.problem import Problem
-from fedloom.wireless.system.radio import Array, Subcarriers
+from fedloom.wireless.system.radio import Array
 
-Baseline = Literal["uniform", "equal", "random", "greedy", "no_dropout"]
+Choice = tuple[Array | None, Array | None]
+"""A share and keep rates (K,); None where no feasible ones were found."""
 
 
-def baseline(problem: Problem, name: Baseline, seed: int = 0) -> tuple[Solution[Array], Array | None]:
+def baseline(problem: Problem, name: str, seed: int = 0) -> tuple[Solution[Array], Array | None]:
     """A share, as `Solution`, and the keep rates (K,) that go with it (None if no feasible point was found).
 
     `uniform` one rate for all, the band shared to serve it; `equal` equal shares, best rates under them; `random` equal
     shares, a rate drawn between keep_min and each cap; `greedy` subcarriers one by one to whom they help most (equal
     steps of bandwidth); `no_dropout` every rate 1.
     """
-    if name not in get_args(Baseline):
-        raise ConfigError(f"the baseline {name!r} is unknown, expected one of {', '.join(get_args(Baseline))}")
+    if name not in BASELINES:
+        raise ConfigError(f"the baseline {name!r} is unknown, expected one of {', '.join(BASELINES)}")
     began = time.perf_counter()
-    if name in ("uniform", "no_dropout"):
-        share, keep = _uniform(problem, only=1.0 if name == "no_dropout" else None)
-    else:
-        share = _greedy(problem) if name == "greedy" else equal_share(problem)
-        caps = problem.caps(share)
-        keep = problem.best(caps)
-        if name == "random":
-            draw = np.random.default_rng([seed, 5]).uniform(size=len(caps))
-            keep = problem.keep_min + draw * (np.clip(caps, problem.keep_min, 1.0) - problem.keep_min)
-        keep = keep if (caps >= problem.keep_min).all() else None
+    share, keep = BASELINES[name](problem, seed)
     seconds = time.perf_counter() - began
     if keep is None or share is None:
         return Solution(None, np.inf, -np.inf, Status.NOT_FOUND, 0, seconds), None
@@ -48,55 +39,56 @@ def baseline(problem: Problem, name: Baseline, seed: int = 0) -> tuple[Solution[
     return Solution(share, value, -np.inf, Status.FEASIBLE, 0, seconds), keep
 
 
-def equal_share(problem: Problem) -> Array:
-    """Whole subcarriers dealt round (the devices with the worst average channel first), or equal parts of the band."""
-    devices = len(problem.ids)
-    if not isinstance(problem.link, Subcarriers):
-        return np.full(devices, problem.link.total_hz / devices)
-    order = np.argsort(problem.link.up.mean(axis=1), kind="stable")
-    return local_search.share_of(order[np.arange(problem.link.count) % devices], devices)
+def _equal(problem: Problem, seed: int) -> Choice:
+    return _best_rates(problem, problem.link.dealt_evenly())
 
 
-def _greedy(problem: Problem) -> Array:
-    if isinstance(problem.link, Subcarriers):
-        return local_search.share_of(local_search.greedy(problem), len(problem.ids))
-    devices, steps = len(problem.ids), 8 * len(problem.ids)
-    step = problem.link.total_hz / steps
-    share = np.zeros(devices)
-    for _ in range(steps):
-        offers = share + step * np.eye(devices)
-        caps = problem.caps(offers)
-        share = offers[int(np.argmin([local_search.merit(problem, row) for row in caps]))]
-    return share
+def _greedy(problem: Problem, seed: int) -> Choice:
+    return _best_rates(problem, heuristics(problem).greedy(problem))
 
 
-def _uniform(problem: Problem, only: float | None) -> tuple[Array | None, Array | None]:
+def _best_rates(problem: Problem, share: Array) -> Choice:
+    caps = problem.caps(share)
+    return share, problem.best(caps) if (caps >= problem.keep_min).all() else None
+
+
+def _random(problem: Problem, seed: int) -> Choice:
+    share = problem.link.dealt_evenly()
+    caps = problem.caps(share)
+    draw = np.random.default_rng([seed, 5]).uniform(size=len(caps))
+    keep = problem.keep_min + draw * (np.clip(caps, problem.keep_min, 1.0) - problem.keep_min)
+    return share, keep if (caps >= problem.keep_min).all() else None
+
+
+def _no_dropout(problem: Problem, seed: int) -> Choice:
+    share, served = heuristics(problem).share_for_rate(problem, 1.0)
+    return (share, np.ones(len(problem.ids))) if served else (None, None)
+
+
+def _uniform(problem: Problem, seed: int) -> Choice:
     """The best common rate that some share serves, by bisection (it is served or not, monotonically)."""
-    devices = len(problem.ids)
+    devices, served = len(problem.ids), heuristics(problem).share_for_rate
     rates = np.linspace(problem.keep_min, 1.0, 2001)
     values = problem.value(np.repeat(rates[:, None], devices, axis=1))
-    want = only if only is not None else float(rates[int(np.argmin(values))])
-    share = serving(problem, want)
-    if share is not None or only is not None:
-        return share, np.full(devices, want) if share is not None else None
-    low, high, found = problem.keep_min, want, serving(problem, problem.keep_min)
-    if found is None:
+    low, high = problem.keep_min, min(float(rates[int(np.argmin(values))]), 1.0)
+    share, enough = served(problem, high)
+    if enough:
+        return share, np.full(devices, high)
+    found, enough = served(problem, low)
+    if not enough:
         return None, None
     for _ in range(12):
         middle = 0.5 * (low + high)
-        share = serving(problem, middle)
-        low, high = (middle, high) if share is not None else (low, middle)
-        found = share if share is not None else found
+        share, enough = served(problem, middle)
+        low, high = (middle, high) if enough else (low, middle)
+        found = share if enough else found
     return found, np.full(devices, low)
 
 
-def serving(problem: Problem, rate: float) -> Array | None:
-    """A share under which every device reaches `rate`, None if the search finds none (exact in `bandwidth` mode)."""
-    rate = min(rate, 1.0)
-    if isinstance(problem.link, Subcarriers):
-        asked = replace(problem, keep_min=rate)
-        owners = local_search.improve(asked, local_search.greedy(asked))
-        share = local_search.share_of(owners, len(problem.ids))
-        return share if (problem.caps(share) >= rate).all() else None
-    hz = bandwidth_dual.least_hz(problem, np.full(len(problem.ids), rate))
-    return hz * (problem.link.total_hz / hz.sum()) if hz.sum() <= problem.link.total_hz else None
+BASELINES: dict[str, Callable[[Problem, int], Choice]] = {
+    "uniform": _uniform,
+    "equal": _equal,
+    "random": _random,
+    "greedy": _greedy,
+    "no_dropout": _no_dropout,
+}

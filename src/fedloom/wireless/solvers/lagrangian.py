@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.wireless.solvers.branch_and_bound import Bounded
-from fedloom.wireless.solvers.local_search import improve, link_of, share_of, value_of
+from fedloom.wireless.solvers.local_search import improve, share_of, value_of
 from fedloom.wireless.system.problem import Problem
 from fedloom.wireless.system.radio import Array, Rates
 
@@ -69,17 +69,17 @@ def subset_sums(values: Array) -> Array:
 
 def fits(problem: Problem) -> bool:
     """Is the table small enough?"""
-    return link_of(problem).count <= 20 and len(problem.ids) << link_of(problem).count <= MOST_COLUMNS
+    return problem.subcarriers.count <= 20 and len(problem.ids) << problem.subcarriers.count <= MOST_COLUMNS
 
 
 def root(problem: Problem) -> Node:
     """All columns that could matter. O(K M 2^M)."""
-    link = link_of(problem)
+    link = problem.subcarriers
     sets, caps = [], []
     every = np.arange(2**link.count, dtype=np.int64)
     size = subset_sums(np.ones(link.count))
     for k in range(len(problem.ids)):
-        rates = Rates(subset_sums(link.up[k]), subset_sums(link.down[k]), link.power_w[k] * size)
+        rates = Rates(subset_sums(link.up[k]), subset_sums(link.down[k]), link.power_per_subcarrier_w[k] * size)
         cap = problem.caps_of(rates, k)
         useful = cap >= problem.keep_min
         for m in range(link.count):
@@ -91,14 +91,14 @@ def root(problem: Problem) -> Node:
     return Node(tuple(sets), tuple(caps), np.zeros(link.count), -1.0)
 
 
-class ColumnBound:
+class LagrangianBound:
     """`bound` for `branch_and_bound` over `Node`. Points are shares (K, M)."""
 
     def __init__(self, problem: Problem, *, tolerance: float = 1e-9, steps: int = 250) -> None:
         self.problem = problem
         self.tolerance = tolerance
         self.steps = steps
-        self.count = link_of(problem).count
+        self.count = problem.subcarriers.count
         bound = problem.bound
         # No feasible point is worth more: the cutoff while none is known.
         self._ceiling = 1e-6 + float(

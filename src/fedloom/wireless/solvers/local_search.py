@@ -27,13 +27,6 @@ def share_of(owners: Owners, devices: int) -> Array:
     return np.asarray(np.arange(devices)[:, None] == owners[..., None, :], dtype=float)
 
 
-def link_of(problem: Problem) -> Subcarriers:
-    """The problem's subcarriers; TypeError in `bandwidth` mode."""
-    if not isinstance(problem.link, Subcarriers):
-        raise TypeError("this solver divides subcarriers, got a problem in bandwidth mode")
-    return problem.link
-
-
 def value_of(problem: Problem, owners: Owners) -> float:
     """Phi at the best rates for the assignment, by (35) and (27); +inf if it breaks a limit."""
     return float(problem.value_of_caps(problem.caps(share_of(owners, len(problem.ids)))))
@@ -107,7 +100,7 @@ def improve(problem: Problem, owners: Owners, *, only_add: bool = False, max_mov
 
     `only_add` hands out free subcarriers and takes none back.
     """
-    link, devices = link_of(problem), len(problem.ids)
+    link, devices = problem.subcarriers, len(problem.ids)
     owners = owners.copy()
     caps = problem.caps(share_of(owners, devices))
     now = merit(problem, caps)
@@ -131,19 +124,24 @@ def _candidates(
     prices = _Prices.at(problem, caps)
     share = share_of(owners, devices)
     rates = link.rates(share)
-    power = rates.power_w
+    power = rates.transmit_w
     held = owners >= 0
     owner = np.where(held, owners, 0)
     m = np.arange(count)
     k = np.arange(devices)[:, None]
 
     gain = problem.caps_of(
-        Rates(rates.up[:, None] + link.up, rates.down[:, None] + link.down, power[:, None] + link.power_w[:, None]), k
+        Rates(
+            rates.up[:, None] + link.up,
+            rates.down[:, None] + link.down,
+            power[:, None] + link.power_per_subcarrier_w[:, None],
+        ),
+        k,
     )
     lone = share.sum(axis=1)[owner] <= 1
     up_left = np.where(lone, 0.0, rates.up[owner] - link.up[owner, m])
     down_left = np.where(lone, 0.0, rates.down[owner] - link.down[owner, m])
-    lose = problem.caps_of(Rates(up_left, down_left, power[owner] - link.power_w[owner]), owner)
+    lose = problem.caps_of(Rates(up_left, down_left, power[owner] - link.power_per_subcarrier_w[owner]), owner)
 
     give = prices.change((gain, k, True), (lose, owner, held))
     give[owner[held], m[held]] = np.inf
@@ -186,7 +184,7 @@ def _apply(owners: Owners, give: Array, drop: Array | None, trade: Array | None,
 
 def greedy(problem: Problem) -> Owners:
     """Hand out subcarriers one by one, each time the one that lowers Phi (or mends a broken limit) the most."""
-    return improve(problem, np.full(link_of(problem).count, -1), only_add=True)
+    return improve(problem, np.full(problem.subcarriers.count, -1), only_add=True)
 
 
 def rounded(problem: Problem, share: Array) -> Owners:

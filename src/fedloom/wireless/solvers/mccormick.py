@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fedloom.wireless.solvers.branch_and_bound import Bounded
 from fedloom.wireless.solvers.cvx import SOLVER, cp, solved, value
-from fedloom.wireless.solvers.local_search import improve, link_of, rounded, share_of, value_of
+from fedloom.wireless.solvers.local_search import improve, rounded, share_of, value_of
 from fedloom.wireless.solvers.psca import convex_penalty, gap_epigraph
 from fedloom.wireless.solvers.reciprocal import Scaled
 from fedloom.wireless.system.problem import Problem
@@ -49,14 +49,16 @@ class Box:
 
 def root(problem: Problem) -> Box:
     """Nothing fixed."""
-    shape = link_of(problem).up.shape
+    shape = problem.subcarriers.up.shape
     return Box(np.zeros(shape, dtype=bool), np.ones(shape, dtype=bool))
 
 
-def lone_caps(problem: Problem, box: Box) -> Array:
+def single_device_caps(problem: Problem, box: Box) -> Array:
     """(K,) no assignment in the box gives a device a larger cap: it alone, C1 and C2 each at their best."""
-    link = link_of(problem)
-    every = Rates((link.up * box.allowed).sum(axis=1), (link.down * box.allowed).sum(axis=1), link.power_w)
+    link = problem.subcarriers
+    every = Rates(
+        (link.up * box.allowed).sum(axis=1), (link.down * box.allowed).sum(axis=1), link.power_per_subcarrier_w
+    )
     latency = problem.latency_caps(every)
     count = box.given.sum(axis=1).astype(float)
     rate = (link.up * box.given).sum(axis=1)
@@ -68,11 +70,11 @@ def lone_caps(problem: Problem, box: Box) -> Array:
         # Energy per bit is p N / r: take what lifts the average rate.
         better = free[rows, column] & (offered * count > rate) | (free[rows, column] & (count == 0))
         rate, count = rate + better * offered, count + better
-    energy = problem.energy_caps(Rates(rate, rate, link.power_w * count))
+    energy = problem.energy_caps(Rates(rate, rate, link.power_per_subcarrier_w * count))
     return np.minimum(1.0, np.minimum(latency, energy))
 
 
-class RelaxationBound:
+class McCormickBound:
     """`bound` for `branch_and_bound` over `Box`. Points are shares (K, M)."""
 
     def __init__(self, problem: Problem, *, tolerance: float = 1e-5, solver: str = SOLVER) -> None:
@@ -92,7 +94,7 @@ class RelaxationBound:
         spread = cp.reshape(y, (devices, 1), order="C") @ row
         up = cp.sum(cp.multiply(scaled.up, self.share), axis=1)
         down = cp.sum(cp.multiply(scaled.down, self.share), axis=1)
-        load = cp.multiply(scaled.power_w, cp.sum(self.share, axis=1)) + cp.multiply(scaled.e1, up)
+        load = cp.multiply(scaled.power_per_subcarrier_w, cp.sum(self.share, axis=1)) + cp.multiply(scaled.e1, up)
         gap, gap_constraints = gap_epigraph(scaled, y)
         if scaled.bound.empirical == "rescaled":
             penalty = scaled.weights @ convex_penalty(scaled, y)
@@ -116,7 +118,7 @@ class RelaxationBound:
         )
 
     def __call__(self, node: Box, cutoff: float) -> Bounded[Box, Array]:
-        caps = lone_caps(self.problem, node)
+        caps = single_device_caps(self.problem, node)
         fast = float(self.problem.value_of_caps(caps))
         if fast >= cutoff - self.tolerance:
             return Bounded(fast)

@@ -63,7 +63,9 @@ class Surrogate:
         held = cp.sum(self.share, axis=1)
         eta, nu = cp.multiply(self._y_inv, self.y), cp.multiply(self._rate_inv, up)
         load = cp.multiply(
-            self._unit, cp.multiply(scaled.power_w / scaled.spare_j, held) + cp.multiply(scaled.e1 / scaled.spare_j, up)
+            self._unit,
+            cp.multiply(scaled.power_per_subcarrier_w / scaled.spare_j, held)
+            + cp.multiply(scaled.e1 / scaled.spare_j, up),
         )
         gap, gap_constraints = gap_epigraph(scaled, self.y)
         if scaled.bound.empirical == "rescaled":
@@ -100,7 +102,7 @@ class Surrogate:
         keep = s.keep(y)
         up, down = (s.up * share).sum(axis=1), (s.down * share).sum(axis=1)
         late = np.maximum(0.0, (1.0 / up + 1.0 / down + s.t1) / s.spare_s - y)
-        used = (s.power_w * share.sum(axis=1) + s.e1 * up) / s.spare_j
+        used = (s.power_per_subcarrier_w * share.sum(axis=1) + s.e1 * up) / s.spare_j
         over = np.maximum(0.0, used / (up * y) - 1.0)
         phi = float(s.bound.value(keep, s.samples))
         return phi + zeta * float(binary_majorant(share, share).sum()) + _SLACK * float((late + over).sum())

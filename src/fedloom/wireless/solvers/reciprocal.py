@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedloom.wireless.solvers.local_search import link_of
 from fedloom.wireless.system.generalisation_bound import Bound
 from fedloom.wireless.system.problem import Problem
 from fedloom.wireless.system.radio import Array
@@ -31,7 +30,7 @@ class Scaled:
     up: Array
     """(K, M) full payloads a second of one subcarrier."""
     down: Array
-    power_w: Array
+    power_per_subcarrier_w: Array
     a: float
     b: float
     spare_s: Array
@@ -45,7 +44,7 @@ class Scaled:
 
     @staticmethod
     def of(problem: Problem) -> Scaled:
-        link, compute = link_of(problem), problem.compute
+        link, compute = problem.subcarriers, problem.compute
         full = problem.fixed_bits + problem.lora_bits
         a, b = problem.fixed_bits / full, problem.lora_bits / full
         t1, e1 = compute.lora_s / b, compute.lora_j / b
@@ -55,7 +54,7 @@ class Scaled:
             samples=problem.samples,
             up=link.up / full,
             down=link.down / full,
-            power_w=link.power_w,
+            power_per_subcarrier_w=link.power_per_subcarrier_w,
             a=a,
             b=b,
             spare_s=problem.latency_limit_s - compute.base_s + a * t1,

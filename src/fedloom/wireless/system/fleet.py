@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,7 +29,18 @@ from fedloom import toml
 from fedloom.errors import ConfigError
 from fedloom.wireless.system.generalisation_bound import Bound, Empirical, Gap
 from fedloom.wireless.system.problem import Problem
-from fedloom.wireless.system.radio import Array, Band, Compute, Subcarriers, from_db, from_dbm, path_gain, shannon
+from fedloom.wireless.system.radio import (
+    Array,
+    Band,
+    Compute,
+    Link,
+    Mode,
+    Subcarriers,
+    from_db,
+    from_dbm,
+    path_gain,
+    shannon,
+)
 
 _FADING, _DEVICE = 1, 2  # purposes of a random draw
 
@@ -41,7 +52,7 @@ class _Table(BaseModel):
 class BandTable(_Table):
     """[band]."""
 
-    mode: Literal["subcarrier", "bandwidth"] = "subcarrier"
+    mode: Mode = "subcarrier"
     subcarriers: int = Field(8, ge=1)
     subcarrier_hz: float = Field(1e6, gt=0)
     bandwidth_hz: float | None = Field(None, gt=0)
@@ -191,7 +202,7 @@ class Fleet(_Table):
             return device.kappa_j_s2_per_flop3 * flop_per_s**2
         return self.defaults.compute_j_per_flop if device.compute_j_per_flop is None else device.compute_j_per_flop
 
-    def _link(self, devices: list[DeviceTable], seed: int) -> Subcarriers | Band:
+    def _link(self, devices: list[DeviceTable], seed: int) -> Link:
         band = self.band
         noise = float(from_dbm(band.noise_dbm_per_hz) * from_db(band.noise_figure_db))
         count = band.subcarriers if band.mode == "subcarrier" else 1
@@ -262,7 +273,7 @@ def random_fleet(
     subcarriers: int,
     seed: int,
     *,
-    mode: Literal["subcarrier", "bandwidth"] = "subcarrier",
+    mode: Mode = "subcarrier",
     empirical: Empirical = "linear",
     gap: Gap = "pooled",
     latency_load: float = 0.2,
@@ -285,9 +296,7 @@ def random_fleet(
         }
     )
     problem = fleet.problem()
-    link = problem.link
-    even = (devices, subcarriers) if isinstance(link, Subcarriers) else (devices,)
-    share = np.full(even, (1.0 if isinstance(link, Subcarriers) else link.total_hz) / devices)
+    share = problem.link.divided_evenly()
     whole = np.ones(devices)
     transfer = problem.latency(share, whole)
     spent = problem.energy(share, whole)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fedloom.errors import ConfigError
 from fedloom.wireless.system import radio
 from fedloom.wireless.system.generalisation_bound import Bound, weights
-from fedloom.wireless.system.radio import Array, Band, Compute, Energy, Latency, Rates, Subcarriers
+from fedloom.wireless.system.radio import Array, Band, Compute, Energy, Latency, Link, Rates, Subcarriers
 
 Pick = int | slice | NDArray[np.intp]
 """Which device a rate belongs to: all along the last axis, one, or an array of indices that broadcasts."""
@@ -32,7 +32,7 @@ class Problem:
     ids: tuple[str, ...]
     samples: Array
     """(K,) local data sizes n_k."""
-    link: Subcarriers | Band
+    link: Link
     compute: Compute
     latency_limit_s: float
     energy_limit_j: Array
@@ -69,6 +69,20 @@ class Problem:
             raise ConfigError(f"local_epochs is {self.local_epochs}, expected a number above 0")
         if not 0.0 <= self.fixed_bits < np.inf:
             raise ConfigError(f"fixed_bits is {self.fixed_bits}, expected a finite number of at least 0")
+
+    @property
+    def subcarriers(self) -> Subcarriers:
+        """The link of a problem in `subcarrier` mode; TypeError in the other."""
+        if not isinstance(self.link, Subcarriers):
+            raise TypeError(f"this solver divides subcarriers, got a problem in {self.link.mode} mode")
+        return self.link
+
+    @property
+    def band(self) -> Band:
+        """The link of a problem in `bandwidth` mode; TypeError in the other."""
+        if not isinstance(self.link, Band):
+            raise TypeError(f"this solver divides a bandwidth, got a problem in {self.link.mode} mode")
+        return self.link
 
     @property
     def weights(self) -> Array:
@@ -118,7 +132,7 @@ class Problem:
         spare = self.energy_limit_j[device] - self.compute.base_j[device] - self.compute.overhead_j[device]
         seconds = radio.transfer_s(1.0, rates.up)
         with np.errstate(invalid="ignore"):
-            per_bit = np.where(np.isfinite(seconds), rates.power_w * seconds, np.inf)
+            per_bit = np.where(np.isfinite(seconds), rates.transmit_w * seconds, np.inf)
         return self._tight(spare, per_bit, self.compute.lora_j[device])
 
     def _tight(self, spare: Array, per_bit: Array, lora: Array) -> Array:

@@ -1,6 +1,7 @@
 """From radio to numbers: rates, latency and energy of one federated round.
 
-Two ways to share the band, `Subcarriers` (whole subcarriers, the binary mode) and `Band` (any share of one bandwidth).
+A `Link` is one of two ways to share the band, `Subcarriers` (whole subcarriers, the binary mode) and `Band` (any share of one
+bandwidth).
 Equation numbers are those of the project's FedLoDrop specification (Xie, Wen, You, Chen, Bennis, Huang, "FedLoDrop:
 Federated LoRA with Dropout for Generalized LLM Fine-tuning", arXiv 2510.12078). The split of a round into download,
 computation and upload follows that group's Federated Dropout (arXiv 2501.00379); (29)-(34) in detail are derived, since
@@ -9,11 +10,14 @@ the paper's own formulas were not available.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from fedloom.errors import ConfigError
 
 Array = NDArray[np.float64]
 
@@ -55,8 +59,51 @@ class Rates(NamedTuple):
     """bit/s."""
     down: Array
     """bit/s."""
-    power_w: Array
-    """Transmit power while uploading."""
+    transmit_w: Array
+    """Power while uploading, of all that the device holds."""
+
+
+class Holding(NamedTuple):
+    """One device's part of the band."""
+
+    subcarriers: tuple[int, ...] | None
+    """Indices; None where the band is divided at will."""
+    bandwidth_hz: float
+
+
+Mode = Literal["subcarrier", "bandwidth"]
+
+
+class Link(Protocol):
+    """The radio between K devices and the server: how the band can be shared and what a share gives."""
+
+    @property
+    def mode(self) -> Mode: ...
+
+    @property
+    def power_w(self) -> Array:
+        """(K,) a device's whole transmit power."""
+
+    def rates(self, share: Array) -> Rates:
+        """Rates and power under a share, for any leading shape."""
+
+    def whole_band(self) -> Rates:
+        """(K,) of each device if the whole band were its own."""
+
+    def least_j_per_bit(self) -> Array:
+        """(K,) the cheapest that a device can send a bit."""
+
+    def divided_evenly(self) -> Array:
+        """The share that gives each device the K-th part of everything, whether it may be divided or not."""
+
+    def dealt_evenly(self) -> Array:
+        """As even a share as is possible."""
+
+    def holdings(self, share: Array) -> list[Holding]:
+        """A share, device by device."""
+
+    def share_of_holdings(self, holdings: Sequence[Holding]) -> Array:
+        """The share, put together again. Raises ConfigError for what the band does not have."""
 
 
 @dataclass(frozen=True)
@@ -67,21 +114,61 @@ class Subcarriers:
     """(K, M) bit/s of one subcarrier, (29)."""
     down: Array
     """(K, M) bit/s."""
-    power_w: Array
+    power_per_subcarrier_w: Array
     """(K,) transmit power on each subcarrier that a device holds."""
     spacing_hz: float
     """Width of one subcarrier."""
+    mode: ClassVar[Mode] = "subcarrier"
 
     @property
     def count(self) -> int:
         """M."""
         return int(self.up.shape[1])
 
+    @property
+    def power_w(self) -> Array:
+        return self.power_per_subcarrier_w * self.count
+
     def rates(self, share: Array) -> Rates:
         """(30): rates add over subcarriers, and so does the power. `share` is (..., K, M), binary or relaxed."""
         return Rates(
-            (share * self.up).sum(axis=-1), (share * self.down).sum(axis=-1), self.power_w * share.sum(axis=-1)
+            (share * self.up).sum(axis=-1),
+            (share * self.down).sum(axis=-1),
+            self.power_per_subcarrier_w * share.sum(axis=-1),
         )
+
+    def whole_band(self) -> Rates:
+        return Rates(self.up.sum(axis=1), self.down.sum(axis=1), self.power_w)
+
+    def least_j_per_bit(self) -> Array:
+        # The best subcarrier alone: energy per bit is p N / r, and r / N falls with every worse one.
+        return np.asarray(self.power_per_subcarrier_w / self.up.max(axis=1))
+
+    def divided_evenly(self) -> Array:
+        return np.full(self.up.shape, 1.0 / len(self.up))
+
+    def dealt_evenly(self) -> Array:
+        """Dealt round, the devices with the worst average channel first."""
+        devices = len(self.up)
+        order = np.argsort(self.up.mean(axis=1), kind="stable")
+        owners = order[np.arange(self.count) % devices]
+        return np.asarray(np.arange(devices)[:, None] == owners, dtype=float)
+
+    def holdings(self, share: Array) -> list[Holding]:
+        hz = share.sum(axis=1) * self.spacing_hz
+        return [
+            Holding(tuple(int(m) for m in np.flatnonzero(row > 0.5)), float(width))
+            for row, width in zip(share, hz, strict=True)
+        ]
+
+    def share_of_holdings(self, holdings: Sequence[Holding]) -> Array:
+        share = np.zeros(self.up.shape)
+        for k, holding in enumerate(holdings):
+            for m in holding.subcarriers or ():
+                if m >= self.count:
+                    raise ConfigError(f"the allocation uses subcarrier {m}, the fleet has {self.count}: allocate again")
+                share[k, m] = 1.0
+        return share
 
 
 @dataclass(frozen=True)
@@ -94,11 +181,30 @@ class Band:
     snr_down_hz: Array
     """(K,)."""
     power_w: Array
-    """(K,) transmit power, whatever the share."""
+    """(K,) a device's whole transmit power, whatever its share."""
+    mode: ClassVar[Mode] = "bandwidth"
 
     def rates(self, share: Array) -> Rates:
         """Rates of the share, (..., K) in Hz."""
         return Rates(shannon(share, self.snr_up_hz), shannon(share, self.snr_down_hz), self.power_w)
+
+    def whole_band(self) -> Rates:
+        return self.rates(np.full(len(self.power_w), self.total_hz))
+
+    def least_j_per_bit(self) -> Array:
+        return np.asarray(self.power_w / self.whole_band().up)
+
+    def divided_evenly(self) -> Array:
+        return np.full(len(self.power_w), self.total_hz / len(self.power_w))
+
+    def dealt_evenly(self) -> Array:
+        return self.divided_evenly()
+
+    def holdings(self, share: Array) -> list[Holding]:
+        return [Holding(None, float(hz)) for hz in share]
+
+    def share_of_holdings(self, holdings: Sequence[Holding]) -> Array:
+        return np.array([holding.bandwidth_hz for holding in holdings])
 
 
 class Latency(NamedTuple):
@@ -161,5 +267,5 @@ def latency(rates: Rates, bits_down: ArrayLike, bits_up: ArrayLike, compute_s: A
 def energy(rates: Rates, bits_up: ArrayLike, compute_j: Array, overhead_j: Array) -> Energy:
     """(34): transmission, computation, constant."""
     seconds = transfer_s(bits_up, rates.up)
-    transmit = np.where(np.isfinite(seconds), rates.power_w * np.where(np.isfinite(seconds), seconds, 0.0), np.inf)
+    transmit = np.where(np.isfinite(seconds), rates.transmit_w * np.where(np.isfinite(seconds), seconds, 0.0), np.inf)
     return Energy(np.asarray(transmit), compute_j, overhead_j)
