@@ -19,8 +19,9 @@ import numpy as np
 
 from fedloom.wireless.allocate import solve
 from fedloom.wireless.solvers.branch_and_bound import Solution
+from fedloom.wireless.system.empirical_error import Empirical
 from fedloom.wireless.system.fleet import random_fleet
-from fedloom.wireless.system.generalisation_bound import Empirical, Gap
+from fedloom.wireless.system.generalisation_bound import Gap
 from fedloom.wireless.system.problem import Problem
 from fedloom.wireless.system.radio import Array, Subcarriers
 

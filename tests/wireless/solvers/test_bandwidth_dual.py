@@ -9,8 +9,9 @@ import pytest
 from fedloom.wireless.allocate import solve
 from fedloom.wireless.solvers import bandwidth_dual
 from fedloom.wireless.solvers.branch_and_bound import Status
+from fedloom.wireless.system.empirical_error import Empirical
 from fedloom.wireless.system.fleet import random_fleet
-from fedloom.wireless.system.generalisation_bound import Empirical, Gap
+from fedloom.wireless.system.generalisation_bound import Gap
 from fedloom.wireless.system.problem import Problem
 
 from ..problems import FORMS, GAPS, small

@@ -8,7 +8,7 @@ from fedloom.wireless.solvers.branch_and_bound import Status, branch_and_bound
 from fedloom.wireless.solvers.mccormick import McCormickBound, root
 from fedloom.wireless.solvers.psca import Surrogate, iterate, psca
 from fedloom.wireless.solvers.reciprocal import Scaled, binary_majorant, penalty_majorant, product_minorant
-from fedloom.wireless.system.generalisation_bound import Empirical
+from fedloom.wireless.system.empirical_error import Empirical
 
 from ..problems import FORMS, small
 from .test_solvers import feasible

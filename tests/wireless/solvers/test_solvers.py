@@ -9,7 +9,8 @@ from fedloom.wireless import diagnosis
 from fedloom.wireless.allocate import solve
 from fedloom.wireless.solvers import lagrangian, local_search, mccormick
 from fedloom.wireless.solvers.branch_and_bound import Status, branch_and_bound
-from fedloom.wireless.system.generalisation_bound import Empirical, Gap
+from fedloom.wireless.system.empirical_error import Empirical
+from fedloom.wireless.system.generalisation_bound import Gap
 from fedloom.wireless.system.problem import Problem
 
 from ..exhaustive import exhaustive

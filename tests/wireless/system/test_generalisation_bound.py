@@ -5,7 +5,8 @@ import pytest
 from scipy.optimize import minimize
 
 from fedloom.errors import ConfigError
-from fedloom.wireless.system.generalisation_bound import Bound, Empirical, Gap, weights
+from fedloom.wireless.system.empirical_error import Empirical
+from fedloom.wireless.system.generalisation_bound import Bound, Gap, weights
 
 FORMS = ("linear", "sparsity", "rescaled")
 GAPS = ("pooled", "per_device")

@@ -105,7 +105,6 @@ class LagrangianBound:
             bound.base_error + bound.dropout_penalty * bound.penalty(problem.keep_min)
             + bound.gap_term(np.ones(len(problem.ids)), problem.samples)
         )  # fmt: skip
-        self._free = bound.free_rates(problem.samples, problem.keep_min)
 
     def __call__(self, node: Node, cutoff: float) -> Bounded[Node, Array]:
         if min(map(len, node.sets)) == 0:
@@ -130,7 +129,6 @@ class LagrangianBound:
     def _dual(self, node: Node, goal: float) -> _Dual:
         """Maximise L by subgradient steps towards `goal`; stop when it is reached."""
         bound, w, devices = self.problem.bound, self.problem.weights, len(node.sets)
-        n = float(self.problem.samples.sum())
         prices, q = node.prices.copy(), node.q
         if q < 0.0:
             keep = self.problem.best(np.array([caps.max() for caps in node.caps]))
@@ -139,7 +137,7 @@ class LagrangianBound:
         sets = np.concatenate(node.sets)
         owner = np.repeat(np.arange(devices), np.diff(ends))
         caps = np.concatenate(node.caps)
-        cost, keep, constant = self._costs(caps, owner, q, n)
+        cost, keep, constant = self._costs(caps, owner, q)
         best = _Dual(-np.inf, prices, q, (), np.zeros((devices, self.count)))
         best_full: Array = cost
         usage = np.zeros((devices, self.count))
@@ -165,9 +163,9 @@ class LagrangianBound:
             slope = holds.sum(axis=0) - 1.0
             slope[(prices <= 0.0) & (slope < 0.0)] = 0.0
             norm = float(slope @ slope)
-            if bound.gap == "pooled" and step % 4 == 3:
+            if bound.generalisation_gap.couples_devices and step % 4 == 3:
                 q = 0.7 * q + 0.3 * float((w[owner[chosen]] * keep[chosen] ** 2).sum())
-                cost, keep, constant = self._costs(caps, owner, q, n)
+                cost, keep, constant = self._costs(caps, owner, q)
             elif norm == 0.0:
                 break
             if norm > 0.0:
@@ -176,17 +174,13 @@ class LagrangianBound:
         reduced = tuple(full[a:b] - full[a:b].min() for a, b in pairwise(ends))
         return _Dual(best.lower, best.prices, best.q, reduced, usage)
 
-    def _costs(self, caps: Array, owner: NDArray[np.intp], q: float, n: float) -> tuple[Array, Array, float]:
-        """Cost and rate of each column, and the constant of L, with the pooled gap's tangent at q."""
-        bound, low, weight = self.problem.bound, self.problem.keep_min, self.problem.weights[owner]
-        if bound.gap == "per_device":
-            keep = np.minimum(caps, self._free[owner])
-            own = bound.dropout_penalty * bound.penalty(keep) + bound.gap_at(keep * keep, self.problem.samples[owner])
-            return weight * own, keep, bound.base_error
-        slope = float(bound.gap_slope(q, n))
-        keep = np.clip(np.minimum(caps, _tangent_rate(bound.empirical, bound.dropout_penalty / slope)), low, 1.0)
-        own = bound.dropout_penalty * bound.penalty(keep) + slope * keep * keep
-        return weight * own, keep, float(bound.base_error + bound.gap_at(q, n) - slope * q)
+    def _costs(self, caps: Array, owner: NDArray[np.intp], q: float) -> tuple[Array, Array, float]:
+        """Cost and rate of each column, and the constant of L, with the gap separated at q."""
+        bound = self.problem.bound
+        gap = bound.generalisation_gap.separated(bound, q, self.problem.samples)
+        keep = np.minimum(caps, gap.free_rates(self.problem.keep_min)[owner])
+        own = bound.dropout_penalty * bound.penalty(keep) + gap.at(keep, owner)
+        return self.problem.weights[owner] * own, keep, bound.base_error + gap.constant
 
     def _without_losers(self, node: Node, dual: _Dual, goal: float) -> Node:
         """Columns whose choice alone lifts the bound past the goal are dropped."""
@@ -262,12 +256,3 @@ class LagrangianBound:
                 )
             )
         return children
-
-
-def _tangent_rate(empirical: str, ratio: float) -> float:
-    """argmin over x of e(x) + x^2 / ratio without caps; with `sparsity` an end of the interval."""
-    if empirical == "linear":
-        return 0.5 * ratio
-    if empirical == "rescaled":
-        return float((0.5 * ratio) ** (1.0 / 3.0))
-    return 1.0 if ratio > 1.0 else 0.0

@@ -47,10 +47,7 @@ class _Prices:
     @staticmethod
     def at(problem: Problem, caps: Array) -> _Prices:
         keep = problem.best(caps)
-        free = (
-            keep.max() if problem.bound.gap == "pooled" else problem.bound.free_rates(problem.samples, problem.keep_min)
-        )
-        rates = np.broadcast_to(np.asarray(free), caps.shape)
+        rates = problem.bound.generalisation_gap.uncapped_rates(problem.bound, keep, problem.samples, problem.keep_min)
         prices = _Prices(problem, rates, caps, caps)
         own, squares = prices.parts(caps, np.arange(len(caps)))
         return _Prices(problem, rates, own, squares)
@@ -62,15 +59,13 @@ class _Prices:
         weight = self.problem.weights[device]
         broken = np.where(np.isinf(short), 1.0, short / (1.0 + np.where(np.isinf(short), 0.0, short)))
         own = weight * bound.dropout_penalty * bound.penalty(keep) + _worst(self.problem) * broken
-        if bound.gap == "pooled":
-            return own, weight * keep * keep
-        return own + weight * bound.gap_at(keep * keep, self.problem.samples[device]), np.zeros_like(own)
+        gap, square = bound.generalisation_gap.parts(bound, keep, weight, self.problem.samples[device])
+        return own + gap, square
 
     def total(self, own: Array, squares: Array) -> Array:
         """Phi plus penalty from summed parts."""
-        if self.problem.bound.gap == "pooled":
-            return own + self.problem.bound.gap_at(np.clip(squares, 0.0, 1.0), self.problem.samples.sum())
-        return own
+        bound = self.problem.bound
+        return own + bound.generalisation_gap.of_parts(bound, squares, self.problem.samples)
 
     def change(self, *changed: tuple[Array, NDArray[np.intp], NDArray[np.bool_] | bool]) -> Array:
         """Phi plus penalty if each (caps, device, applies) replaced what those devices have now. Shapes broadcast."""

@@ -90,13 +90,7 @@ class Scaled:
     def tangents(self) -> tuple[Array, Array]:
         """Slopes and intercepts of lines below G that touch it, denser near q = 1: (J,) `pooled`, (J, K) `per_device`."""
         q = 1.0 - np.linspace(0.0, 1.0, _TANGENTS) ** 2
-        if self.bound.gap == "pooled":
-            n = self.samples.sum()
-            slope = self.bound.gap_slope(q, n)
-            return slope, self.bound.gap_at(q, n) - slope * q
-        q = np.repeat(q[:, None], len(self.samples), axis=1)
-        slope = self.bound.gap_slope(q, self.samples)
-        return slope, self.bound.gap_at(q, self.samples) - slope * q
+        return self.bound.generalisation_gap.tangents(self.bound, q, self.samples)
 
 
 def binary_majorant(rho: Array, at: Array) -> Array:

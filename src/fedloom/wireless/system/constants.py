@@ -27,7 +27,8 @@ from typing import Any
 
 from fedloom import toml
 from fedloom.errors import ConfigError, RunError
-from fedloom.wireless.system.generalisation_bound import Bound, Empirical, Gap
+from fedloom.wireless.system.empirical_error import Empirical
+from fedloom.wireless.system.generalisation_bound import Bound, Gap
 
 _KEYS = ("loss_max", "grad_norm_max", "adapter_norm")
 

@@ -27,7 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedloom import toml
 from fedloom.errors import ConfigError
-from fedloom.wireless.system.generalisation_bound import Bound, Empirical, Gap
+from fedloom.wireless.system.empirical_error import Empirical
+from fedloom.wireless.system.generalisation_bound import Bound, Gap
 from fedloom.wireless.system.problem import Problem
 from fedloom.wireless.system.radio import (
     Array,

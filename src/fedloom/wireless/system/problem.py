@@ -14,15 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedloom.errors import ConfigError
 from fedloom.wireless.system import radio
 from fedloom.wireless.system.generalisation_bound import Bound, weights
-from fedloom.wireless.system.radio import Array, Band, Compute, Energy, Latency, Link, Rates, Subcarriers
-
-Pick = int | slice | NDArray[np.intp]
-"""Which device a rate belongs to: all along the last axis, one, or an array of indices that broadcasts."""
+from fedloom.wireless.system.radio import ALL, Array, Band, Compute, Energy, Latency, Link, Pick, Rates, Subcarriers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,21 +109,21 @@ class Problem:
         """(35): the largest feasible rate of each device for a share (..., K, M) or (..., K); below keep_min = infeasible."""
         return self.caps_of(self.link.rates(share))
 
-    def caps_of(self, rates: Rates, device: Pick = slice(None)) -> Array:
+    def caps_of(self, rates: Rates, device: Pick = ALL) -> Array:
         """(35) from rates: arrays (..., K), or of any shape for one device.
 
         Not cut below: a device that cannot even send nothing has a negative cap, -inf without any rate.
         """
         return np.minimum(1.0, np.minimum(self.latency_caps(rates, device), self.energy_caps(rates, device)))
 
-    def latency_caps(self, rates: Rates, device: Pick = slice(None)) -> Array:
+    def latency_caps(self, rates: Rates, device: Pick = ALL) -> Array:
         """The rate at which (33) is tight."""
         spare = self.latency_limit_s - self.compute.base_s[device]
         return self._tight(
             spare, radio.transfer_s(1.0, rates.up) + radio.transfer_s(1.0, rates.down), self.compute.lora_s[device]
         )
 
-    def energy_caps(self, rates: Rates, device: Pick = slice(None)) -> Array:
+    def energy_caps(self, rates: Rates, device: Pick = ALL) -> Array:
         """The rate at which (34) is tight."""
         spare = self.energy_limit_j[device] - self.compute.base_j[device] - self.compute.overhead_j[device]
         seconds = radio.transfer_s(1.0, rates.up)

@@ -20,6 +20,9 @@ from numpy.typing import ArrayLike, NDArray
 from fedloom.errors import ConfigError
 
 Array = NDArray[np.float64]
+Pick = int | slice | NDArray[np.intp]
+"""Which device a number belongs to: all along the last axis, one, or an array of indices that broadcasts."""
+ALL = slice(None)
 
 
 def from_db(value_db: ArrayLike) -> Array:
