@@ -67,7 +67,9 @@ def test_box_bounds_are_below_random_points_of_the_box() -> None:
     for empirical in FORMS:
         problem = small(1, empirical, mode="bandwidth")
         whole = bandwidth_dual.root(problem)
-        box = bandwidth_dual.Box(whole.low + 0.1 * (whole.high - whole.low), whole.low + 0.6 * (whole.high - whole.low))
+        box = bandwidth_dual.RateBox(
+            whole.low + 0.1 * (whole.high - whole.low), whole.low + 0.6 * (whole.high - whole.low)
+        )
         found = bandwidth_dual.DualBound(problem)(box, np.inf)
         keep = rng.uniform(box.low, box.high, size=(300, 3))
         fits = bandwidth_dual.least_hz(problem, keep).sum(axis=1) <= problem.band.total_hz

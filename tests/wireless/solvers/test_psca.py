@@ -5,9 +5,11 @@ import pytest
 
 from fedloom.wireless.allocate import solve
 from fedloom.wireless.solvers.branch_and_bound import Status, branch_and_bound
-from fedloom.wireless.solvers.mccormick import McCormickBound, root
+from fedloom.wireless.solvers.convex_terms import convex_penalty
+from fedloom.wireless.solvers.cvx import cp
+from fedloom.wireless.solvers.mccormick import Assignment, McCormickBound, root, single_device_caps
 from fedloom.wireless.solvers.psca import Surrogate, iterate, psca
-from fedloom.wireless.solvers.reciprocal import Scaled, binary_majorant, penalty_majorant, product_minorant
+from fedloom.wireless.solvers.reciprocal import Reciprocal, binary_majorant, product_minorant
 from fedloom.wireless.system.empirical_error import Empirical
 
 from ..problems import FORMS, small
@@ -17,33 +19,39 @@ from .test_solvers import feasible
 @pytest.mark.parametrize("empirical", FORMS)
 def test_surrogates_are_tight_at_the_iterate_and_bound_elsewhere(empirical: Empirical) -> None:
     rng = np.random.default_rng(42)
-    scaled = Scaled.of(small(0, empirical))
+    scaled = Reciprocal.of(small(0, empirical))
     at, rho = rng.random(500), rng.random(500)
     assert (binary_majorant(rho, at) >= rho - rho**2 - 1e-12).all()
     np.testing.assert_allclose(binary_majorant(at, at), at - at**2, atol=1e-12)
 
     y, y_at = rng.uniform(1.0, scaled.y_max, (2, 500))
-    assert (penalty_majorant(scaled, y, y_at) >= scaled.penalty(y) - 1e-12).all()
-    np.testing.assert_allclose(penalty_majorant(scaled, y_at, y_at), scaled.penalty(y_at), atol=1e-12)
+    slope, intercept = scaled.tangent(y_at)
+    np.testing.assert_allclose(slope * y_at + intercept, scaled.penalty(y_at), atol=1e-12)
+    if scaled.bound.empirical_error.concave_in_reciprocal:
+        assert (slope * y + intercept >= scaled.penalty(y) - 1e-12).all()
+    else:  # enters the surrogate as it is
+        assert (slope * y + intercept <= scaled.penalty(y) + 1e-12).all()
+        np.testing.assert_allclose(convex_penalty(scaled, cp.Constant(y)).value, scaled.penalty(y), rtol=1e-12)
 
     rate, rate_at = rng.uniform(0.01, 3.0, (2, 500))
-    assert (product_minorant(y, rate, y_at, rate_at) <= y * rate + 1e-9).all()
-    np.testing.assert_allclose(product_minorant(y_at, rate_at, y_at, rate_at), y_at * rate_at, rtol=1e-12)
+    eta, nu = y / y_at, rate / rate_at
+    assert (product_minorant(eta, nu) <= eta * nu + 1e-9).all()
+    assert product_minorant(1.0, 1.0) == 1.0
 
 
 @pytest.mark.parametrize("empirical", ["linear", "sparsity"])
-def test_secant_is_below_and_tangent_above_a_concave_penalty(empirical: Empirical) -> None:
-    scaled = Scaled.of(small(0, empirical))
+def test_chord_is_below_and_tangent_above_a_concave_penalty(empirical: Empirical) -> None:
+    scaled = Reciprocal.of(small(0, empirical))
     low, high = np.array([1.0, 1.3]), np.array([2.0, 1.3])
-    slope, constant = scaled.secant(low, high)
+    slope, constant = scaled.chord(low, high)
     for y in np.linspace(low, high, 50):
         assert (slope * y + constant <= scaled.penalty(y) + 1e-12).all()
     np.testing.assert_allclose(slope * high + constant, scaled.penalty(high), atol=1e-12)
 
 
 def test_tangents_lie_below_the_gap_and_nearly_touch_it() -> None:
-    scaled = Scaled.of(small(0))
-    slopes, constants = scaled.tangents()
+    scaled = Reciprocal.of(small(0))
+    slopes, constants = scaled.gap_tangents()
     q = np.linspace(0.0, 1.0, 997)
     below = (slopes * q[:, None] + constants).max(axis=1)
     truth = scaled.bound.gap_at(q, scaled.samples.sum())
@@ -69,10 +77,8 @@ def test_relaxation_at_a_fixed_assignment_is_the_value_there(empirical: Empirica
     point = solve(problem).point
     assert point is not None
     bound = McCormickBound(problem)
-    from fedloom.wireless.solvers.mccormick import Box, single_device_caps
-
-    box = Box(point > 0.5, point > 0.5)
-    lower, _ = bound.relax(box, single_device_caps(problem, box))
+    node = Assignment(point > 0.5, point > 0.5)
+    lower, _ = bound.relax(node, single_device_caps(problem, node))
     value = float(problem.value_of_caps(problem.caps(point)))
     assert lower <= value
     if empirical == "rescaled":
@@ -85,12 +91,12 @@ def test_penalised_objective_never_rises_for_fixed_zeta(empirical: Empirical, ze
     problem = small(5, empirical)
     rng = np.random.default_rng(1)
     start = rng.dirichlet(np.full(3, 2.0), size=5).T
-    path = iterate(problem, Surrogate(Scaled.of(problem)), start, rng, zetas=[zeta] * 8)
+    path = iterate(problem, Surrogate(Reciprocal.of(problem)), start, rng, zetas=[zeta] * 8)
     objectives = np.array([point.objective for point in path])
     assert len(path) == 8 and np.ptp(objectives) > 0.0
     # The gap enters by tangents from below, which may cost their own error.
-    scaled = Scaled.of(problem)
-    slopes, constants = scaled.tangents()
+    scaled = Reciprocal.of(problem)
+    slopes, constants = scaled.gap_tangents()
     q = np.linspace(0.0, 1.0, 997)
     error = (scaled.bound.gap_at(q, scaled.samples.sum()) - (slopes * q[:, None] + constants).max(axis=1)).max()
     assert (np.diff(objectives) <= error + 1e-6).all()
@@ -100,7 +106,7 @@ def test_penalty_makes_shares_binary() -> None:
     problem = small(5)
     rng = np.random.default_rng(2)
     start = rng.dirichlet(np.full(3, 2.0), size=5).T
-    path = iterate(problem, Surrogate(Scaled.of(problem)), start, rng, max_iterations=40)
+    path = iterate(problem, Surrogate(Reciprocal.of(problem)), start, rng, max_iterations=40)
     assert path[0].fraction > 0.05 and path[-1].fraction < 1e-2
 
 

@@ -188,10 +188,10 @@ def _second(make: Callable[[int, int], Problem], count: int) -> Callable[[int], 
 def convergence(problem: Problem, zetas: Sequence[float] = (0.0, 0.1, 1.0), iterations: int = 10) -> Sweep:
     """E8: P-SCA's penalised objective, phase by phase of fixed zeta, and how binary the shares are."""
     from fedloom.wireless.solvers.psca import Surrogate, iterate
-    from fedloom.wireless.solvers.reciprocal import Scaled
+    from fedloom.wireless.solvers.reciprocal import Reciprocal
 
     rng = np.random.default_rng([0, 8])
-    scaled = Scaled.of(problem)
+    scaled = Reciprocal.of(problem)
     start = rng.dirichlet(np.full(len(problem.ids), 2.0), size=scaled.up.shape[1]).T
     path = iterate(problem, Surrogate(scaled), start, rng, zetas=[z for z in zetas for _ in range(iterations)])
     fractional = "largest rho - rho^2"

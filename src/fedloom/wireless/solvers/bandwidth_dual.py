@@ -1,23 +1,25 @@
-"""`bandwidth` mode: one band divided at will, by a Lagrangian on tables and, where that leaves a gap, boxes of keep rates.
+"""`bandwidth` mode: one band divided at will, by a Lagrangian on tables and, where a duality gap is left, boxes of keep rates.
 
 Let b_k(x) be the least bandwidth with which device k meets (33), (34) at keep rate x. It is convex and increasing: the
 harmonic sum of the two rates is concave in the bandwidth, the rate needed is convex in x, and likewise for energy. So (P1)
 is  min Phi(x)  s.t. sum_k b_k(x_k) <= B,  convex for `linear` and `rescaled` (in x; in 1/payload, `linear` is not), and for
 `sparsity` the minimisation of a concave function. With a price mu on bandwidth and, for the pooled gap, its tangent at q0, it
 falls apart into one-dimensional problems, which are bounded from below segment by segment on a grid that is refined
-around the minimiser: the bound is rigorous for every form. What gap remains (`sparsity`) is closed by splitting the range of
-a device that hovers between two rates. Derived.
+around the minimiser: the bound is rigorous for every form. What duality gap remains (`sparsity`) is closed by splitting the
+range of a device whose rate is undecided: far apart in the primal points on either side of the best price. Derived.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fedloom.wireless.solvers.branch_and_bound import Bounded, Progress, Solution, Status
+from fedloom.wireless.system.empirical_error import EmpiricalError, Tangent
+from fedloom.wireless.system.generalisation_bound import SeparatedGap
 from fedloom.wireless.system.problem import Problem
 from fedloom.wireless.system.radio import Array
 
@@ -25,10 +27,26 @@ _HALVINGS = 60  # of the band, for b_k(x)
 _COARSE, _FINE = 48, 49  # grid points over the box and around each minimiser
 _REACH = 4.0  # old spacings on either side that a finer grid covers: beyond them the coarse bound is no longer lower
 _ZOOMS = 5  # grids
+_Q_RESOLUTION = (
+    0.2  # spacings: the tangent point q0 need not be known better than the rates on the grid, which make up q
+)
+_Q_WIDENING = (
+    3.0  # spacings: a coarse grid's rates, and so its q, are off by one or two, so the next bracket starts wider
+)
+_PRICE_PRECISION = 1e-2  # spacings, relative: an error in the price moves the dual value by its square alone
+_PRICE_STEP = (
+    100.0  # precisions: about how far the price has moved since the last, coarser grid, which is the first guess
+)
+_LARGEST_STEP = 0.5  # relative; a price stays above 0
+_LEAST_GUESS = 1e-3  # of one over the band: a price of 0 could not be multiplied up
+_DEAREST = 1e15  # for the whole band, where Phi is of order 1: no price makes the box fit
+_SMOOTH = 1e-9  # difference of keep rates, or relative one of Phi, that counts as none
+_MARGIN = 0.05  # of a range: no split is nearer to its ends, or the children hardly shrink
+_CLOSED = 1e-7  # relative optimality gap that counts as proven
 
 
 @dataclass(frozen=True)
-class Box:
+class RateBox:
     """Ranges of the keep rates, (K,) each."""
 
     low: Array
@@ -58,7 +76,7 @@ def least_hz(problem: Problem, keep: Array) -> Array:
 
 
 def value_of(problem: Problem, keep: Array) -> tuple[float, Array | None]:
-    """Phi and a share for rates wished for: what is left of the band is spread in proportion. (+inf, None) if too much."""
+    """Phi and a share for keep rates: what is left of the band is spread in proportion. (+inf, None) if they need too much."""
     hz = least_hz(problem, keep)
     total = problem.band.total_hz
     if not hz.sum() <= total * (1.0 + 1e-12):
@@ -68,50 +86,48 @@ def value_of(problem: Problem, keep: Array) -> tuple[float, Array | None]:
     return (value, share) if np.isfinite(value) else (np.inf, None)
 
 
-def root(problem: Problem) -> Box:
+def root(problem: Problem) -> RateBox:
     """All rates that a device could have with the whole band."""
     devices = len(problem.ids)
     caps = problem.caps(np.full(devices, problem.band.total_hz))
-    return Box(np.full(devices, problem.keep_min), np.minimum(1.0, caps))
+    return RateBox(np.full(devices, problem.keep_min), np.minimum(1.0, caps))
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """A Lagrangian lower bound of Phi over a box, and the primal points on either side of the price that gives it."""
+
+    lower: float
+    infeasible: Array
+    """(K,) the minimisers at the price just too low: together they need more than the band."""
+    feasible: Array
+    """(K,) those at the price just high enough."""
 
 
 class _Tables:
     """Segment-wise lower bounds of a device's cost plus bandwidth, on one grid. Arrays (J, K)."""
 
-    def __init__(self, problem: Problem, box: Box, windows: list[Array], tangent: Array | None) -> None:
-        self.problem, self.tangent = problem, tangent
+    def __init__(self, problem: Problem, box: RateBox, windows: list[Array], empirical: EmpiricalError) -> None:
+        self.problem, self.empirical = problem, empirical
         grid = [box.low + np.linspace(0.0, 1.0, _COARSE)[:, None] * (box.high - box.low), *windows]
         # One point below the box gives the first segment its slope.
         below = np.maximum(0.5 * box.low, box.low - 1e-3)[None]
         every = np.concatenate([below, np.sort(np.concatenate(grid), axis=0)])
         hz = least_hz(problem, every)
         step = np.diff(every, axis=0)
-        apart = step > 1e-9
+        apart = step > _SMOOTH
         left = np.where(apart, np.diff(hz, axis=0) / np.where(apart, step, 1.0), 0.0)
         self.keep, self.hz = every[1:], hz[1:]
         # b is convex: any slope met on the left of a point bounds it from below on the right (points may coincide).
         self.slope = np.maximum.accumulate(left, axis=0)[:-1]
         self.width = step[1:]
 
-    def costs(self, slope_q: float) -> tuple[Array, Array]:
+    def costs(self, gap: SeparatedGap) -> tuple[Array, Array]:
         """A device's own cost at grid points and the slope of a line below it on the segment to the right."""
-        p = self.problem
-        bound, w, x = p.bound, p.weights, self.keep
-        square = np.full_like(x, slope_q) if bound.gap == "pooled" else bound.gap_slope(x * x, p.samples)
-        gap = slope_q * x * x if bound.gap == "pooled" else bound.gap_at(x * x, p.samples)
-        left, right = x[:-1], x[1:]
-        if self.tangent is not None:
-            e_slope = bound.penalty_slope(self.tangent)
-            e = bound.penalty(self.tangent) + e_slope * (x - self.tangent)
-            line = bound.dropout_penalty * e_slope + 2.0 * left * square[:-1]
-        elif bound.empirical == "sparsity":
-            e = bound.penalty(x)
-            curve = square[:-1] - bound.dropout_penalty
-            line = curve * np.where(curve < 0.0, left + right, 2.0 * left)
-        else:
-            e = bound.penalty(x)
-            line = bound.dropout_penalty * bound.penalty_slope(left) + 2.0 * left * square[:-1]
-        return w * (bound.dropout_penalty * e + gap), w * line
+        price, w, x = self.problem.bound.dropout_penalty, self.problem.weights, self.keep
+        own = price * self.empirical.value(x) + gap.at(x)
+        line = self.empirical.slope_below(x[:-1], x[1:], price, gap.slope(x)[:-1])
+        return w * own, w * line
 
     def price(self, mu: float, own: Array, line: Array) -> _Price:
         """Lower bound and minimisers at one price."""
@@ -126,18 +142,21 @@ class _Tables:
         return _Price(mu, float(best[j, k].sum()), self.keep[pick, k], float(self.hz[pick, k].sum()))
 
 
-def _prices(tables: _Tables, slope_q: float, total_hz: float, guess: float, precision: float) -> tuple[_Price, _Price]:
+def _prices(
+    tables: _Tables, gap: SeparatedGap, total_hz: float, guess: float, precision: float
+) -> tuple[_Price, _Price]:
     """The price just too low for the band and the one just high enough, by bisection; equal if the band is slack."""
-    own, line = tables.costs(slope_q)
+    own, line = tables.costs(gap)
     low = tables.price(0.0, own, line)
     if low.hz <= total_hz:
         return low, low
+    step = min(_PRICE_STEP * precision, _LARGEST_STEP)
     high = tables.price(guess, own, line)
     if high.hz <= total_hz:
-        near = tables.price(guess * (1.0 - 100.0 * min(precision, 5e-3)), own, line)
+        near = tables.price(guess * (1.0 - step), own, line)
         low, high = (low, near) if near.hz <= total_hz else (near, high)
-    factor = 1.0 + 100.0 * min(precision, 5e-3)
-    while high.hz > total_hz and high.mu < 1e15 / total_hz:
+    factor = 1.0 + step
+    while high.hz > total_hz and high.mu < _DEAREST / total_hz:
         low, high = high, tables.price(factor * high.mu, own, line)
         factor *= factor
     while high.mu - low.mu > precision * high.mu:
@@ -146,87 +165,97 @@ def _prices(tables: _Tables, slope_q: float, total_hz: float, guess: float, prec
     return low, high
 
 
-def relaxed(
-    problem: Problem, box: Box, tangent: Array | None = None, zooms: int = _ZOOMS
-) -> tuple[float, Array, Array]:
-    """Lower bound of Phi over the box, and the rates on either side of the price: too much band, and little enough.
+def relax(problem: Problem, box: RateBox, empirical: EmpiricalError | None = None, zooms: int = _ZOOMS) -> Relaxation:
+    """Lower bound of Phi over the box by the Lagrangian dual.
 
-    `tangent` (K,) replaces e by its tangent there, (43): then the bound is of that convex surrogate. Each zoom makes the
-    grid around the minimisers 8 times finer and the bound's error about 60 times smaller.
+    `empirical` replaces the bound's own form of e, by its `Tangent` (43) say: then the bound is of that surrogate. Each
+    zoom makes the grid around the minimisers 6 times finer and the bound's error, quadratic in it, about 36 times smaller.
     """
-    bound, w, total = problem.bound, problem.weights, problem.band.total_hz
-    n = float(problem.samples.sum())
-    pooled = bound.gap == "pooled"
-    low_q, high_q = float(w @ box.low**2), float(w @ box.high**2)
-    best, ends = -np.inf, (box.low, box.low)
+    w = problem.weights
+    empirical = problem.bound.empirical_error if empirical is None else empirical
+    range_q = float(w @ box.low**2), float(w @ box.high**2)
+    best = Relaxation(-np.inf, box.low, box.low)
     windows: list[Array] = []
-    tables = _Tables(problem, box, windows, tangent)
-    guess, spacing = 1.0 / total, 1.0 / (_COARSE - 1)
+    tables = _Tables(problem, box, windows, empirical)
+    guess, spacing = 1.0 / problem.band.total_hz, 1.0 / (_COARSE - 1)
     for zoom in range(zooms):
         if zoom:
+            ends = best.infeasible, best.feasible
             apart = np.abs(ends[0] - ends[1]).max() > spacing
             reach = _REACH * spacing * (box.high - box.low)
             spacing *= 2.0 * _REACH / (_FINE - 1)
             offsets = np.linspace(-1.0, 1.0, _FINE)[:, None] * reach
             windows += [np.clip(end + offsets, box.low, box.high) for end in (ends if apart else ends[1:])]
-            tables = _Tables(problem, box, windows, tangent)
+            tables = _Tables(problem, box, windows, empirical)
+        found, range_q, guess = _maximise_dual(tables, range_q, guess, spacing)
+        best = found if found.lower >= best.lower else best
+        range_q = max(0.0, range_q[0] - _Q_WIDENING * spacing), min(1.0, range_q[1] + _Q_WIDENING * spacing)
+    # Where no price was enough, only the box's low end is known to fit.
+    fits = least_hz(problem, best.feasible).sum() <= problem.band.total_hz
+    return best if fits else replace(best, feasible=box.low)
+
+
+def _maximise_dual(
+    tables: _Tables, range_q: tuple[float, float], guess: float, spacing: float
+) -> tuple[Relaxation, tuple[float, float], float]:
+    """The best bound on one grid, over the price and the tangent point q0, which is bisected until the rates reach it."""
+    problem, (low_q, high_q) = tables.problem, range_q
+    bound, total = problem.bound, problem.band.total_hz
+    form = bound.generalisation_gap
+    best = Relaxation(-np.inf, tables.keep[0], tables.keep[0])
+    while True:
         q = 0.5 * (low_q + high_q)
-        while True:
-            slope_q = float(bound.gap_slope(q, n)) if pooled else 0.0
-            constant = bound.base_error + (float(bound.gap_at(q, n)) - slope_q * q if pooled else 0.0)
-            under, over = _prices(tables, slope_q, total, guess, 1e-2 * spacing)
-            guess = max(over.mu, 1e-3 / total)
-            top = max(constant + under.dual - under.mu * total, constant + over.dual - over.mu * total)
-            if top >= best:
-                best, ends = top, (under.keep, over.keep)
-            reached = float(w @ over.keep**2)
-            low_q, high_q = (q, high_q) if reached > q else (low_q, q)
-            if not pooled or high_q - low_q < 0.2 * spacing:
-                break
-            q = 0.5 * (low_q + high_q)
-        low_q, high_q = max(0.0, low_q - 3.0 * spacing), min(1.0, high_q + 3.0 * spacing)
-    return best, ends[0], ends[1]
+        gap = form.separated(bound, q, problem.samples)
+        constant = bound.base_error + gap.constant
+        under, over = _prices(tables, gap, total, guess, _PRICE_PRECISION * spacing)
+        guess = max(over.mu, _LEAST_GUESS / total)
+        lower = max(constant + price.dual - price.mu * total for price in (under, over))
+        if lower >= best.lower:
+            best = Relaxation(lower, under.keep, over.keep)
+        reached = float(problem.weights @ over.keep**2)
+        low_q, high_q = (q, high_q) if reached > q else (low_q, q)
+        if not form.couples_devices or high_q - low_q < _Q_RESOLUTION * spacing:
+            return best, (low_q, high_q), guess
 
 
-def feasible(problem: Problem, wish: Array, sure: Array) -> Array:
-    """The point nearest to `wish` on the way from `sure`, which fits, that the band allows. b is convex: so is the way."""
+def last_feasible(problem: Problem, infeasible: Array, feasible: Array) -> Array:
+    """Line search: the last rates that fit in the band on the way from feasible to infeasible ones (b is convex)."""
     total = problem.band.total_hz
     low, high = 0.0, 1.0
-    if least_hz(problem, wish).sum() <= total:
-        return wish
+    if least_hz(problem, infeasible).sum() <= total:
+        return infeasible
     for _ in range(50):
         middle = 0.5 * (low + high)
-        fits = least_hz(problem, sure + middle * (wish - sure)).sum() <= total
+        fits = least_hz(problem, feasible + middle * (infeasible - feasible)).sum() <= total
         low, high = (middle, high) if fits else (low, middle)
-    return sure + low * (wish - sure)
+    return feasible + low * (infeasible - feasible)
 
 
 class DualBound:
-    """`bound` for `branch_and_bound` over `Box`. Points are shares (K,) in Hz."""
+    """`bound` for `branch_and_bound` over `RateBox`. Points are shares (K,) in Hz."""
 
-    def __init__(self, problem: Problem, *, tolerance: float = 1e-7) -> None:
+    def __init__(self, problem: Problem, *, tolerance: float = _CLOSED) -> None:
         self.problem = problem
         self.tolerance = tolerance
 
-    def __call__(self, node: Box, cutoff: float) -> Bounded[Box, Array]:
+    def __call__(self, node: RateBox, cutoff: float) -> Bounded[RateBox, Array]:
         least = least_hz(self.problem, node.low)
         if not least.sum() <= self.problem.band.total_hz or (node.high < node.low).any():
             return Bounded(np.inf)
         fast = self._on_box(node)
         if fast >= cutoff - self.tolerance:
             return Bounded(fast)
-        lower, wish, sure = relaxed(self.problem, node)
-        lower = max(lower, fast)
-        if least_hz(self.problem, sure).sum() > self.problem.band.total_hz:
-            sure = node.low
-        keep = feasible(self.problem, wish, sure)
+        found = relax(self.problem, node)
+        lower = max(found.lower, fast)
+        keep = last_feasible(self.problem, found.infeasible, found.feasible)
         value, share = value_of(self.problem, keep)
-        if self.problem.bound.empirical == "sparsity" and not np.isfinite(cutoff) and lower < value - self.tolerance:
+        convex = self.problem.bound.empirical_error.convex
+        if not convex and not np.isfinite(cutoff) and lower < value - self.tolerance:
             better, other, _ = descend(self.problem, keep)
             value, share = (better, other) if better < value else (value, share)
-        return Bounded(lower, value, share, lambda: self._split(node, wish, sure))
+        return Bounded(lower, value, share, lambda: self._split(node, found))
 
-    def _on_box(self, node: Box) -> float:
+    def _on_box(self, node: RateBox) -> float:
         """Least Phi on the box without the band: the closed form (27), then cut from below, where Phi still rises."""
         p = self.problem
         if (node.low > p.keep_min).any():
@@ -234,20 +263,21 @@ class DualBound:
             return float(p.bound.empirical_term(node.high, p.samples) + p.bound.gap_term(node.low, p.samples))
         return float(p.value(p.best(node.high)))
 
-    def _split(self, node: Box, wish: Array, sure: Array) -> Sequence[Box]:
-        torn = np.abs(wish - sure) * self.problem.weights
-        k = int(np.argmax(torn))
-        at = 0.5 * (wish[k] + sure[k])
-        if torn[k] < 1e-9:
+    def _split(self, node: RateBox, found: Relaxation) -> Sequence[RateBox]:
+        """The range of the device whose rate is most undecided, between its two rates; else the widest, in the middle."""
+        undecided = np.abs(found.infeasible - found.feasible) * self.problem.weights
+        k = int(np.argmax(undecided))
+        at = 0.5 * (found.infeasible[k] + found.feasible[k])
+        if undecided[k] < _SMOOTH:
             k = int(np.argmax((node.high - node.low) * self.problem.weights))
             at = 0.5 * (node.low[k] + node.high[k])
-        if node.high[k] - node.low[k] < 1e-9:
+        if node.high[k] - node.low[k] < _SMOOTH:
             return ()
-        margin = 0.05 * (node.high[k] - node.low[k])
+        margin = _MARGIN * (node.high[k] - node.low[k])
         at = min(max(at, node.low[k] + margin), node.high[k] - margin)
         high, low = node.high.copy(), node.low.copy()
         high[k] = low[k] = at
-        return [Box(node.low, high), Box(low, node.high)]
+        return [RateBox(node.low, high), RateBox(low, node.high)]
 
 
 def descend(problem: Problem, keep: Array, iterations: int = 8) -> tuple[float, Array | None, int]:
@@ -255,12 +285,10 @@ def descend(problem: Problem, keep: Array, iterations: int = 8) -> tuple[float, 
     box = root(problem)
     best, point = value_of(problem, keep)
     for solves in range(1, iterations + 1):
-        _, wish, sure = relaxed(problem, box, tangent=keep, zooms=2)
-        if least_hz(problem, sure).sum() > problem.band.total_hz:
-            sure = box.low
-        keep = feasible(problem, wish, sure)
+        found = relax(problem, box, Tangent(problem.bound.empirical_error, keep), zooms=2)
+        keep = last_feasible(problem, found.infeasible, found.feasible)
         value, share = value_of(problem, keep)
-        if not value < best - 1e-9 * max(1.0, abs(best)):
+        if not value < best - _SMOOTH * max(1.0, abs(best)):
             return best, point, solves
         best, point = value, share
     return best, point, iterations
@@ -277,10 +305,10 @@ def sca(problem: Problem, *, starts: int = 2, seed: int = 0, time_limit_s: float
     best, point, solves = first.value, first.point, 1
     trace = [Progress(time.perf_counter() - began, 1, first.lower, best)]
     rng = np.random.default_rng([seed, 4])
-    for _ in range(starts if problem.bound.empirical == "sparsity" and np.isfinite(best) else 0):
-        if time.perf_counter() - began > time_limit_s or best - first.lower <= 1e-7 * max(1.0, abs(best)):
+    for _ in range(0 if problem.bound.empirical_error.convex or not np.isfinite(best) else starts):
+        if time.perf_counter() - began > time_limit_s or best - first.lower <= _CLOSED * max(1.0, abs(best)):
             break
-        keep = feasible(problem, rng.uniform(box.low, box.high), box.low)
+        keep = last_feasible(problem, rng.uniform(box.low, box.high), box.low)
         value, share, more = descend(problem, keep)
         solves += more
         best, point = (value, share) if value < best else (best, point)
@@ -289,5 +317,5 @@ def sca(problem: Problem, *, starts: int = 2, seed: int = 0, time_limit_s: float
     if point is None:
         status = Status.INFEASIBLE if first.lower == np.inf else Status.NOT_FOUND
         return Solution(None, np.inf, first.lower, status, solves, seconds, tuple(trace))
-    status = Status.OPTIMAL if best - first.lower <= 1e-7 * max(1.0, abs(best)) else Status.FEASIBLE
+    status = Status.OPTIMAL if best - first.lower <= _CLOSED * max(1.0, abs(best)) else Status.FEASIBLE
     return Solution(point, best, min(first.lower, best), status, solves, seconds, tuple(trace))

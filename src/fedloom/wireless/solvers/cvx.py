@@ -8,7 +8,8 @@ parameters, compiled once). Both models need second-order cones, which OSQP (qua
     SCS 3.3              0.012-0.028        not tried         at 4 x 12 its objective is already 0.004 to 0.4 % off
 
 so Clarabel it is. The exact search needs no convex solver at all up to 18 subcarriers: its Lagrangian over tabulated sets
-(`columns`) left 20 to 4,000 times less of a gap at the root than the relaxation (3 devices x 5), in about the same time.
+(`lagrangian`) left an optimality gap at the root 20 to 4,000 times smaller than the relaxation's (3 devices x 5), in about the
+same time.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Constraint = Any
 SOLVER = "CLARABEL"
 
 
-def solved(problem: Any, solver: str = SOLVER) -> bool:
+def try_solve(problem: Any, solver: str = SOLVER) -> bool:
     """Solve with the cached compilation; False where the solver failed or found the problem infeasible."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "solution may be inaccurate": judged by exact evaluation afterwards

@@ -1,4 +1,4 @@
-"""Branch and bound over single shares with a convex relaxation: `bnb` above the size that `columns` can tabulate.
+"""Branch and bound over single shares with a convex relaxation: `bnb` above the size that `lagrangian` can tabulate.
 
 A node fixes some rho_{k,m} to 0 or 1. Two lower bounds, both derived: the single-device bound (each device alone with
 every subcarrier not excluded; for energy the best reachable average rate), and the relaxation rho in [0, 1] with
@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.wireless.solvers.branch_and_bound import Bounded
-from fedloom.wireless.solvers.cvx import SOLVER, cp, solved, value
+from fedloom.wireless.solvers.convex_terms import empirical_term, gap_epigraph
+from fedloom.wireless.solvers.cvx import SOLVER, cp, try_solve, value
 from fedloom.wireless.solvers.local_search import improve, rounded, share_of, value_of
-from fedloom.wireless.solvers.psca import convex_penalty, gap_epigraph
-from fedloom.wireless.solvers.reciprocal import Scaled
+from fedloom.wireless.solvers.reciprocal import Reciprocal
 from fedloom.wireless.system.problem import Problem
 from fedloom.wireless.system.radio import Array, Rates
 
@@ -30,13 +30,13 @@ _SAFETY = 1e-6  # relative; taken off a solver's value, which is only approximat
 
 
 @dataclass(frozen=True)
-class Box:
-    """What is fixed: (K, M) each. A subcarrier given to one device is excluded for the others."""
+class Assignment:
+    """A partial assignment, what is fixed: (K, M) each. A subcarrier given to one device is excluded for the others."""
 
     given: Mask
     allowed: Mask
 
-    def fix(self, k: int, m: int, value: bool) -> Box:
+    def fix(self, k: int, m: int, value: bool) -> Assignment:
         given, allowed = self.given.copy(), self.allowed.copy()
         if value:
             given[k, m] = True
@@ -44,26 +44,26 @@ class Box:
             allowed[k, m] = True
         else:
             allowed[k, m] = False
-        return Box(given, allowed)
+        return Assignment(given, allowed)
 
 
-def root(problem: Problem) -> Box:
+def root(problem: Problem) -> Assignment:
     """Nothing fixed."""
     shape = problem.subcarriers.up.shape
-    return Box(np.zeros(shape, dtype=bool), np.ones(shape, dtype=bool))
+    return Assignment(np.zeros(shape, dtype=bool), np.ones(shape, dtype=bool))
 
 
-def single_device_caps(problem: Problem, box: Box) -> Array:
-    """(K,) no assignment in the box gives a device a larger cap: it alone, C1 and C2 each at their best."""
+def single_device_caps(problem: Problem, node: Assignment) -> Array:
+    """(K,) no assignment in the node gives a device a larger cap: it alone, C1 and C2 each at their best."""
     link = problem.subcarriers
     every = Rates(
-        (link.up * box.allowed).sum(axis=1), (link.down * box.allowed).sum(axis=1), link.power_per_subcarrier_w
+        (link.up * node.allowed).sum(axis=1), (link.down * node.allowed).sum(axis=1), link.power_per_subcarrier_w
     )
     latency = problem.latency_caps(every)
-    count = box.given.sum(axis=1).astype(float)
-    rate = (link.up * box.given).sum(axis=1)
+    count = node.given.sum(axis=1).astype(float)
+    rate = (link.up * node.given).sum(axis=1)
     order = np.argsort(-link.up, axis=1)
-    free = box.allowed & ~box.given
+    free = node.allowed & ~node.given
     for column in order.T:
         rows = np.arange(len(count))
         offered = link.up[rows, column]
@@ -75,13 +75,13 @@ def single_device_caps(problem: Problem, box: Box) -> Array:
 
 
 class McCormickBound:
-    """`bound` for `branch_and_bound` over `Box`. Points are shares (K, M)."""
+    """`bound` for `branch_and_bound` over `Assignment`. Points are shares (K, M)."""
 
     def __init__(self, problem: Problem, *, tolerance: float = 1e-5, solver: str = SOLVER) -> None:
         self.problem = problem
         self.tolerance = tolerance
         self.solver = solver
-        self.scaled = scaled = Scaled.of(problem)
+        self.scaled = scaled = Reciprocal.of(problem)
         devices, count = scaled.up.shape
         shape = (devices, count)
         self.share, self._product = cp.Variable(shape, nonneg=True), cp.Variable(shape)
@@ -96,10 +96,7 @@ class McCormickBound:
         down = cp.sum(cp.multiply(scaled.down, self.share), axis=1)
         load = cp.multiply(scaled.power_per_subcarrier_w, cp.sum(self.share, axis=1)) + cp.multiply(scaled.e1, up)
         gap, gap_constraints = gap_epigraph(scaled, y)
-        if scaled.bound.empirical == "rescaled":
-            penalty = scaled.weights @ convex_penalty(scaled, y)
-        else:
-            penalty = self._slope @ y + self._constant
+        penalty = empirical_term(scaled, y, self._slope @ y + self._constant)
         self._model = cp.Problem(
             cp.Minimize(scaled.bound.dropout_penalty * penalty + gap),
             [
@@ -117,7 +114,7 @@ class McCormickBound:
             ],
         )
 
-    def __call__(self, node: Box, cutoff: float) -> Bounded[Box, Array]:
+    def __call__(self, node: Assignment, cutoff: float) -> Bounded[Assignment, Array]:
         caps = single_device_caps(self.problem, node)
         fast = float(self.problem.value_of_caps(caps))
         if fast >= cutoff - self.tolerance:
@@ -137,24 +134,24 @@ class McCormickBound:
         point = share_of(owners, len(caps)) if np.isfinite(worth) else None
         return Bounded(lower, worth, point, lambda: self._split(node, share))
 
-    def relax(self, node: Box, caps: Array) -> tuple[float, Array]:
+    def relax(self, node: Assignment, caps: Array) -> tuple[float, Array]:
         """Lower bound and relaxed share; (+inf, .) if the relaxation is infeasible, (-inf, .) if the solver failed."""
         scaled = self.scaled
         low = np.maximum(1.0, scaled.inverse(np.clip(caps, self.problem.keep_min, 1.0)))
         high = np.full_like(low, scaled.y_max)
         self._given.value, self._allowed.value = node.given.astype(float), node.allowed.astype(float)
         self._low.value, self._high.value = low, high
-        slope, intercept = scaled.secant(low, high)
+        slope, intercept = scaled.chord(low, high)
         self._slope.value = scaled.weights * slope
         self._constant.value = float(scaled.weights @ intercept)
-        if not solved(self._model, self.solver):
+        if not try_solve(self._model, self.solver):
             proven = self._model.status == cp.INFEASIBLE
             return (np.inf if proven else -np.inf), np.where(node.allowed, 0.5, 0.0)
         least = scaled.bound.base_error + float(self._model.value)
         exact = self._model.status == cp.OPTIMAL
         return least - _SAFETY * max(1.0, abs(least)) if exact else -np.inf, value(self.share, 0.0, 1.0)
 
-    def _split(self, node: Box, share: Array) -> Sequence[Box]:
+    def _split(self, node: Assignment, share: Array) -> Sequence[Assignment]:
         """The most fractional free share, to 1 and to 0; among equals the largest rate."""
         free = node.allowed & ~node.given
         score = np.where(free, -np.abs(share - 0.5) + 1e-9 * self.scaled.up / self.scaled.up.max(), -np.inf)

@@ -5,9 +5,9 @@ FedLoDrop (arXiv 2510.12078) names the method; surrogates and schedule here are 
     min  A0 + A1 sum_k w_k e~(y_k) + gap + zeta sum_{k,m} [(1 - 2 rho_j) rho + rho_j^2]
     s.t. C1', C2~', sum_k rho_{k,m} <= 1, 0 <= rho <= 1, 1 <= y <= y_max
 
-with the majorants of `scaled`, tight at the iterate, so for fixed zeta the penalised objective never rises. zeta starts at 0,
-then doubles. Fractional shares that stall are nudged (the penalty's slope is 0 at 1/2, where two devices tie for
-ever). The rounded end of every start is evaluated exactly by (35), (27) and repaired by local search on exact values.
+with the majorants of `reciprocal`, tight at the iterate, so for fixed zeta the penalised objective never rises. zeta starts
+at 0, then doubles. Fractional shares that stall are nudged (the penalty's slope is 0 at 1/2, where two devices tie for ever). The
+rounded end of every start is evaluated exactly by (35), (27) and repaired by local search on exact values.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedloom.wireless.solvers.branch_and_bound import Progress, Solution, Status
-from fedloom.wireless.solvers.cvx import SOLVER, Constraint, Expression, cp, solved, value
+from fedloom.wireless.solvers.convex_terms import empirical_term, gap_epigraph
+from fedloom.wireless.solvers.cvx import SOLVER, cp, try_solve, value
 from fedloom.wireless.solvers.local_search import Owners, greedy, improve, rounded, share_of, value_of
-from fedloom.wireless.solvers.reciprocal import Scaled, binary_majorant
+from fedloom.wireless.solvers.reciprocal import Reciprocal, binary_majorant, binary_slope, product_minorant
 from fedloom.wireless.system.problem import Problem
 from fedloom.wireless.system.radio import Array
 
@@ -47,7 +48,7 @@ class Iterate:
 class Surrogate:
     """The convex problem of one iteration, compiled once and re-solved with other parameters."""
 
-    def __init__(self, scaled: Scaled, solver: str = SOLVER) -> None:
+    def __init__(self, scaled: Reciprocal, solver: str = SOLVER) -> None:
         self.scaled = scaled
         self.solver = solver
         devices, count = scaled.up.shape
@@ -61,17 +62,14 @@ class Surrogate:
         up = cp.sum(cp.multiply(scaled.up, self.share), axis=1)
         down = cp.sum(cp.multiply(scaled.down, self.share), axis=1)
         held = cp.sum(self.share, axis=1)
-        eta, nu = cp.multiply(self._y_inv, self.y), cp.multiply(self._rate_inv, up)
+        product = product_minorant(cp.multiply(self._y_inv, self.y), cp.multiply(self._rate_inv, up))
         load = cp.multiply(
             self._unit,
             cp.multiply(scaled.power_per_subcarrier_w / scaled.spare_j, held)
             + cp.multiply(scaled.e1 / scaled.spare_j, up),
         )
         gap, gap_constraints = gap_epigraph(scaled, self.y)
-        if scaled.bound.empirical == "rescaled":
-            penalty = scaled.weights @ convex_penalty(scaled, self.y)
-        else:
-            penalty = self._slope @ self.y
+        penalty = empirical_term(scaled, self.y, self._slope @ self.y)
         slack = _SLACK * cp.sum(self.late + self.over)
         objective = scaled.bound.dropout_penalty * penalty + gap + cp.sum(cp.multiply(self._pull, self.share)) + slack
         self.problem = cp.Problem(
@@ -79,7 +77,7 @@ class Surrogate:
             [
                 *gap_constraints,
                 cp.multiply(1.0 / scaled.spare_s, cp.inv_pos(up) + cp.inv_pos(down) + scaled.t1) <= self.y + self.late,
-                load + 0.25 * cp.square(eta - nu) <= eta + nu - 1.0 + self.over,
+                load <= product + self.over,
                 cp.sum(self.share, axis=0) <= 1.0,
                 self.y >= 1.0,
                 self.y <= scaled.y_max,
@@ -89,10 +87,10 @@ class Surrogate:
     def solve(self, share: Array, y: Array, zeta: float) -> tuple[Array, Array] | None:
         """The surrogate's minimiser around (share, y); None where the solver gives up."""
         rate = (self.scaled.up * share).sum(axis=1)
-        self._pull.value = zeta * (1.0 - 2.0 * share)
-        self._slope.value = self.scaled.weights * self.scaled.penalty_slope(y)
+        self._pull.value = zeta * binary_slope(share)
+        self._slope.value = self.scaled.weights * self.scaled.tangent(y)[0]
         self._y_inv.value, self._rate_inv.value, self._unit.value = 1.0 / y, 1.0 / rate, 1.0 / (rate * y)
-        if not solved(self.problem, self.solver):
+        if not try_solve(self.problem, self.solver):
             return None
         return value(self.share, 0.0, 1.0), value(self.y, 1.0, self.scaled.y_max)
 
@@ -106,29 +104,6 @@ class Surrogate:
         over = np.maximum(0.0, used / (up * y) - 1.0)
         phi = float(s.bound.value(keep, s.samples))
         return phi + zeta * float(binary_majorant(share, share).sum()) + _SLACK * float((late + over).sum())
-
-
-def gap_epigraph(scaled: Scaled, y: Expression) -> tuple[Expression, list[Constraint]]:
-    """The gap term from below by tangents, (39), and its constraints: x >= (1/y - a)/b, q >= sum w x^2."""
-    devices = len(scaled.weights)
-    keep = cp.Variable(devices, nonneg=True)
-    slopes, intercepts = scaled.tangents()
-    constraints = [scaled.b * keep + scaled.a >= cp.inv_pos(y)]
-    if scaled.bound.gap == "pooled":
-        q, gap = cp.Variable(), cp.Variable()
-        constraints += [q >= cp.sum_squares(cp.multiply(np.sqrt(scaled.weights), keep)), gap >= slopes * q + intercepts]
-        return gap, constraints
-    q, gap = cp.Variable(devices), cp.Variable(devices)
-    constraints.append(q >= cp.square(keep))
-    constraints += [gap >= cp.multiply(slopes[j], q) + intercepts[j] for j in range(len(slopes))]
-    return scaled.weights @ gap, constraints
-
-
-def convex_penalty(scaled: Scaled, y: Expression) -> Expression:
-    """`rescaled` e(y) = b y / (1 - a y) - 1, convex."""
-    if scaled.a == 0.0:
-        return y - 1.0
-    return (scaled.b / scaled.a) * (cp.inv_pos(1.0 - scaled.a * y) - 1.0) - 1.0
 
 
 def iterate(
@@ -162,8 +137,8 @@ def iterate(
             if fraction < _BINARY:
                 break
             if moved < 1e-2:
-                torn = share * (1.0 - share) > _BINARY
-                share = np.clip(share + torn * rng.normal(0.0, 0.15, share.shape), 0.0, 1.0)
+                undecided = share * (1.0 - share) > _BINARY
+                share = np.clip(share + undecided * rng.normal(0.0, 0.15, share.shape), 0.0, 1.0)
                 share = share / np.maximum(1.0, share.sum(axis=0))
     return path
 
@@ -190,7 +165,7 @@ def psca(
     began = time.perf_counter()
     deadline = began + time_limit_s
     rng = np.random.default_rng([seed, 3])
-    scaled = Scaled.of(problem)
+    scaled = Reciprocal.of(problem)
     devices, count = scaled.up.shape
     first = greedy(problem)
     best, owners = _better(problem, improve(problem, first), np.inf, first)

@@ -10,6 +10,7 @@ with a + b = 1, so y is 1 at keep = 1 and rates are full payloads per second. De
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ _TANGENTS = 60
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Reciprocal:
     """Arrays (K,) unless said otherwise."""
 
     bound: Bound
@@ -43,12 +44,12 @@ class Scaled:
     """1 / (a + b keep_min)."""
 
     @staticmethod
-    def of(problem: Problem) -> Scaled:
+    def of(problem: Problem) -> Reciprocal:
         link, compute = problem.subcarriers, problem.compute
         full = problem.fixed_bits + problem.lora_bits
         a, b = problem.fixed_bits / full, problem.lora_bits / full
         t1, e1 = compute.lora_s / b, compute.lora_j / b
-        return Scaled(
+        return Reciprocal(
             bound=problem.bound,
             weights=problem.weights,
             samples=problem.samples,
@@ -80,14 +81,19 @@ class Scaled:
         """e'(y)."""
         return -self.bound.penalty_slope(self.keep(y)) / (self.b * y * y)
 
-    def secant(self, low: Array, high: Array) -> tuple[Array, Array]:
+    def tangent(self, at: Array) -> tuple[Array, Array]:
+        """(43): slope and intercept of the tangent of e at y: above a concave e."""
+        slope = self.penalty_slope(at)
+        return slope, self.penalty(at) - slope * at
+
+    def chord(self, low: Array, high: Array) -> tuple[Array, Array]:
         """Slope and intercept of the chord of e between two y: below a concave e there. The tangent where they meet."""
         wide = high - low > 1e-9
-        gap = np.where(wide, high - low, 1.0)
-        slope = np.where(wide, (self.penalty(high) - self.penalty(low)) / gap, self.penalty_slope(low))
+        width = np.where(wide, high - low, 1.0)
+        slope = np.where(wide, (self.penalty(high) - self.penalty(low)) / width, self.penalty_slope(low))
         return slope, self.penalty(low) - slope * low
 
-    def tangents(self) -> tuple[Array, Array]:
+    def gap_tangents(self) -> tuple[Array, Array]:
         """Slopes and intercepts of lines below G that touch it, denser near q = 1: (J,) `pooled`, (J, K) `per_device`."""
         q = 1.0 - np.linspace(0.0, 1.0, _TANGENTS) ** 2
         return self.bound.generalisation_gap.tangents(self.bound, q, self.samples)
@@ -95,21 +101,18 @@ class Scaled:
 
 def binary_majorant(rho: Array, at: Array) -> Array:
     """(42): (1 - 2 rho_j) rho + rho_j^2 >= rho - rho^2, equal at rho_j."""
-    return np.asarray((1.0 - 2.0 * at) * rho + at * at)
+    return np.asarray(binary_slope(at) * rho + at * at)
 
 
-def penalty_majorant(scaled: Scaled, y: Array, at: Array) -> Array:
-    """(43): tangent of e at y_j, above a concave e; e itself for `rescaled`, which is convex."""
-    if scaled.bound.empirical == "rescaled":
-        return scaled.penalty(y)
-    return scaled.penalty(at) + scaled.penalty_slope(at) * (y - at)
+def binary_slope(at: Array) -> Array:
+    """Of (42), in rho."""
+    return 1.0 - 2.0 * at
 
 
-def product_minorant(y: Array, rate: Array, y_at: Array, rate_at: Array) -> Array:
-    """(44): a concave lower bound of y r, equal at (y_j, r_j).
+def product_minorant(eta: Any, nu: Any) -> Any:
+    """(44): a concave lower bound of the product y r over its value at (y_j, r_j), in eta = y / y_j and nu = r / r_j.
 
-    With u = r y_j / r_j and S = 2 y_j: y u = ((y + u)^2 - (y - u)^2) / 4 >= (S (2 (y + u) - S) - (y - u)^2) / 4. Divided by
-    y_j^2 and written in eta = y / y_j, nu = r / r_j: eta nu >= eta + nu - 1 - (eta - nu)^2 / 4.
+    For arrays and cvxpy expressions. With u = r y_j / r_j and S = 2 y_j: y u = ((y + u)^2 - (y - u)^2) / 4 is at least
+    (S (2 (y + u) - S) - (y - u)^2) / 4; divided by y_j^2, eta nu >= eta + nu - 1 - (eta - nu)^2 / 4, equal at (1, 1).
     """
-    eta, nu = y / y_at, rate / rate_at
-    return np.asarray(y_at * rate_at * (eta + nu - 1.0 - 0.25 * (eta - nu) ** 2))
+    return eta + nu - 1.0 - 0.25 * (eta - nu) ** 2
