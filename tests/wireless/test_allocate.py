@@ -97,7 +97,12 @@ def test_table_fits_eighty_columns(fleet_file: Path) -> None:
     print_allocation(allocate(small(1)), Console(file=out, width=80))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines[:-5])) <= 80 and "…" not in out.getvalue()
-    assert "d0" in out.getvalue() and "proven optimal" in out.getvalue() and "Mbit/s" in out.getvalue()
+    assert (
+        "d0" in out.getvalue()
+        and "proven optimal" in out.getvalue()
+        and "binding constraint" in out.getvalue()
+        and "Mbit/s" in out.getvalue()
+    )
 
 
 def test_command_writes_and_prints(fleet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

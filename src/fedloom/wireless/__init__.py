@@ -1,4 +1,4 @@
-"""Wireless planning: who drops how much, on which share of the band, under latency and energy limits.
+"""Wireless planning: per-device dropout rates and bandwidth allocation under latency and energy limits.
 
 FedLoDrop's second half (Xie, Wen, You, Chen, Bennis, Huang, "FedLoDrop: Federated LoRA with Dropout for Generalized LLM
 Fine-tuning", arXiv 2510.12078). numpy, and cvxpy where a convex problem is solved; never imports torch.

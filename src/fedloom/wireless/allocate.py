@@ -47,12 +47,12 @@ class Device:
     energy_j: float
     energy_limit_j: float
     binds: tuple[str, ...]
-    """`latency`, `energy`, `keep = 1`, `keep_min`; nothing where the rate is the best one without limits."""
+    """Binding constraints: `latency`, `energy`, `keep = 1`, `keep_min`; none where the rate is the best without limits."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Who drops how much, on what share of the band; what it costs; how good it is known to be."""
+    """Per-device dropout rates and bandwidth allocation; what they cost; how good they are known to be."""
 
     devices: tuple[Device, ...]
     mode: Mode
@@ -62,13 +62,14 @@ class Allocation:
     """Phi = empirical + gap."""
     empirical: float
     gap: float
+    """The generalisation gap."""
     lower: float
     """No feasible point is worth less (-inf: not known)."""
     upper: float
     """The objective, again, as the other end of the bracket."""
     status: Status
     nodes: int
-    """Nodes of the search, or convex problems solved."""
+    """Of the search tree, or convex problems solved."""
     seconds: float
 
     @property
@@ -77,7 +78,7 @@ class Allocation:
         return {device.id: device.keep for device in self.devices}
 
     @property
-    def relative_gap(self) -> float:
+    def optimality_gap(self) -> float:
         """(upper - lower) / |upper|."""
         return (self.upper - self.lower) / max(abs(self.upper), 1e-300)
 
@@ -141,7 +142,7 @@ def allocate(
     """The best keep rates and shares of the band: `bnb` proves the optimum, `psca` is fast and proves nothing.
 
     `seed` draws fading, random devices and starts (default: the fleet's). After the time limit `bnb` returns its best point
-    and an honest gap. Raises ConfigError where no point is feasible: which device, which limit, how far it has to move.
+    and its optimality gap. Raises ConfigError where no point is feasible: which device, which limit, how far it has to move.
     """
     problem = fleet if isinstance(fleet, Problem) else fleet.problem(seed)
     solution = solve(problem, solver, time_limit_s, 0 if seed is None else seed)

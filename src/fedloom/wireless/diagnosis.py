@@ -93,7 +93,7 @@ def _least_factor(problem: Problem, argument: str) -> float | None:
 
 
 def _hardest(problem: Problem) -> tuple[str, str]:
-    """The device furthest from keep_min under the best share found, and the limit that holds it there."""
+    """The device furthest from keep_min under the best share found, and the constraint that binds."""
     share, _ = heuristics(problem).share_for_rate(problem, problem.keep_min)
     rates = problem.link.rates(share)
     late, over = problem.latency_caps(rates), problem.energy_caps(rates)

@@ -103,7 +103,7 @@ def test_time_limit_returns_the_incumbent_with_its_gap() -> None:
     problem = small(2, "linear", devices=5, subcarriers=20)
     found = solve(problem, time_limit_s=0.05)
     assert found.status is Status.TIME_LIMIT and found.point is not None
-    assert found.lower < found.value and np.isfinite(found.gap)
+    assert found.lower < found.value and np.isfinite(found.optimality_gap)
     feasible(problem, found.point)
 
 

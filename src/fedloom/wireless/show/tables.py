@@ -44,10 +44,12 @@ def print_allocation(allocation: Allocation, console: Console | None = None) -> 
 
 
 def plan_table(allocation: Allocation) -> Table:
-    """Who keeps how much on what share of the band, and the limit that holds it there."""
+    """Each device's keep rate, bandwidth and binding constraint."""
     whole = allocation.mode == "subcarrier"
     share = "subcarriers" if whole else "bandwidth"
-    table = _table("device", "keep", share, "up", "down", "held by", left=("device", share, "held by"))
+    table = _table(
+        "device", "keep", share, "up", "down", "binding constraint", left=("device", share, "binding constraint")
+    )
     for device in allocation.devices:
         table.add_row(
             device.id,
@@ -97,12 +99,12 @@ def ranges(numbers: tuple[int, ...]) -> str:
 def summary(allocation: Allocation) -> str:
     """The objective in its parts, its bracket, and how the search went."""
     lower = f"{allocation.lower:.8g}" if np.isfinite(allocation.lower) else "not known"
-    gap = f" (gap {100.0 * allocation.relative_gap:.2g} %)" if np.isfinite(allocation.lower) else ""
+    gap = f" (optimality gap {100.0 * allocation.optimality_gap:.2g} %)" if np.isfinite(allocation.lower) else ""
     what = SOLVERS[allocation.solver].counts if allocation.solver in SOLVERS else "steps"
     slowest = max(device.latency_s for device in allocation.devices)
     return (
         f"latency limit {allocation.latency_limit_s:.4g} s, slowest device {slowest:.4g} s\n"
-        f"bound {allocation.objective:.8g} = empirical {allocation.empirical:.6g} + gap {allocation.gap:.6g}\n"
+        f"bound {allocation.objective:.8g} = empirical {allocation.empirical:.6g} + generalisation gap {allocation.gap:.6g}\n"
         f"lower {lower}, upper {allocation.upper:.8g}{gap}\n"
         f"{allocation.solver}: {allocation.nodes} {what} in {allocation.seconds:.2f} s; {allocation.status.value}"
     )

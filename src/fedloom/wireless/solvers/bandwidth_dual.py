@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedloom.wireless.solvers.branch_and_bound import Bounded, Progress, Solution, Status
+from fedloom.wireless.solvers.branch_and_bound import NodeBound, Progress, Solution, Status
 from fedloom.wireless.system.empirical_error import EmpiricalError, Tangent
 from fedloom.wireless.system.generalisation_bound import SeparatedGap
 from fedloom.wireless.system.problem import Problem
@@ -232,19 +232,19 @@ def last_feasible(problem: Problem, infeasible: Array, feasible: Array) -> Array
 
 
 class DualBound:
-    """`bound` for `branch_and_bound` over `RateBox`. Points are shares (K,) in Hz."""
+    """`lower_bound` for `branch_and_bound` over `RateBox`. Points are shares (K,) in Hz."""
 
     def __init__(self, problem: Problem, *, tolerance: float = _CLOSED) -> None:
         self.problem = problem
         self.tolerance = tolerance
 
-    def __call__(self, node: RateBox, cutoff: float) -> Bounded[RateBox, Array]:
+    def __call__(self, node: RateBox, cutoff: float) -> NodeBound[RateBox, Array]:
         least = least_hz(self.problem, node.low)
         if not least.sum() <= self.problem.band.total_hz or (node.high < node.low).any():
-            return Bounded(np.inf)
+            return NodeBound(np.inf)
         fast = self._on_box(node)
         if fast >= cutoff - self.tolerance:
-            return Bounded(fast)
+            return NodeBound(fast)
         found = relax(self.problem, node)
         lower = max(found.lower, fast)
         keep = last_feasible(self.problem, found.infeasible, found.feasible)
@@ -253,7 +253,7 @@ class DualBound:
         if not convex and not np.isfinite(cutoff) and lower < value - self.tolerance:
             better, other, _ = descend(self.problem, keep)
             value, share = (better, other) if better < value else (value, share)
-        return Bounded(lower, value, share, lambda: self._split(node, found))
+        return NodeBound(lower, value, share, lambda: self._split(node, found))
 
     def _on_box(self, node: RateBox) -> float:
         """Least Phi on the box without the band: the closed form (27), then cut from below, where Phi still rises."""

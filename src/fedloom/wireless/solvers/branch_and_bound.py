@@ -25,8 +25,8 @@ class Status(Enum):
 
     OPTIMAL = "proven optimal: the lower bound meets the value within the tolerance"
     FEASIBLE = "feasible, optimality not proven: this solver proves nothing; ask for 'bnb' if a proof is needed"
-    TIME_LIMIT = "time limit: the best point found, optimal within the gap shown; give more time to close it"
-    NODE_LIMIT = "node limit: the best point found, optimal within the gap shown; allow more nodes to close it"
+    TIME_LIMIT = "time limit: the best point found, optimal within the optimality gap; give more time to close it"
+    NODE_LIMIT = "node limit: the best point found, optimal within the optimality gap; allow more nodes to close it"
     INFEASIBLE = "proven infeasible: no share of the band meets every limit; loosen the limits named"
     NOT_FOUND = "no feasible point found and infeasibility not proven: loosen the limits named or give more time"
 
@@ -51,19 +51,19 @@ class Solution(Generic[Point]):
     lower: float
     status: Status
     nodes: int
-    """Nodes bounded, or convex problems solved."""
+    """Of the search tree, or convex problems solved."""
     seconds: float
     trace: tuple[Progress, ...] = ()
 
     @property
-    def gap(self) -> float:
+    def optimality_gap(self) -> float:
         """(value - lower) / |value|, inf without a point."""
         return (self.value - self.lower) / max(abs(self.value), 1e-300) if np.isfinite(self.value) else np.inf
 
 
 @dataclass(frozen=True)
-class Bounded(Generic[Node, Point]):
-    """What bounding one node gave."""
+class NodeBound(Generic[Node, Point]):
+    """A node with its lower bound, and perhaps a point."""
 
     lower: float
     """No point of the node is worth less; +inf where it has none."""
@@ -76,21 +76,21 @@ class Bounded(Generic[Node, Point]):
 
 def branch_and_bound(
     root: Node,
-    bound: Callable[[Node, float], Bounded[Node, Point]],
+    lower_bound: Callable[[Node, float], NodeBound[Node, Point]],
     *,
     start: tuple[float, Point] | None = None,
     tolerance: float = 1e-9,
     time_limit_s: float = np.inf,
     node_limit: int = 10**9,
 ) -> Solution[Point]:
-    """Minimise by best-first search; `bound(node, cutoff)` may stop as soon as its lower bound passes the cutoff.
+    """Minimise by best-first search; `lower_bound(node, cutoff)` may stop as soon as its lower bound passes the cutoff.
 
     `tolerance` is absolute. The time limit is checked between nodes; then the incumbent comes back with the smallest open
     lower bound. A node whose lower bound is above value - tolerance is dropped.
     """
     began = time.perf_counter()
     value, point = start if start is not None else (np.inf, None)
-    first = bound(root, value)
+    first = lower_bound(root, value)
     nodes, order = 1, itertools.count()
     if first.value < value:
         value, point = first.value, first.point
@@ -107,7 +107,7 @@ def branch_and_bound(
             break
         _, _, parent = heapq.heappop(heap)
         for child in parent.split():
-            found = bound(child, value)
+            found = lower_bound(child, value)
             nodes += 1
             if found.value < value:
                 value, point = found.value, found.point
@@ -127,5 +127,5 @@ def branch_and_bound(
     return Solution(point, value, lower, status, nodes, seconds, tuple(trace))
 
 
-def _raised(found: Bounded[Node, Point], lower: float) -> Bounded[Node, Point]:
-    return Bounded(lower, found.value, found.point, found.split)
+def _raised(found: NodeBound[Node, Point], lower: float) -> NodeBound[Node, Point]:
+    return NodeBound(lower, found.value, found.point, found.split)

@@ -17,13 +17,13 @@ project's specification (the single-device bound, which is the first thing tried
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom.wireless.solvers.branch_and_bound import Bounded
+from fedloom.wireless.solvers.branch_and_bound import NodeBound
 from fedloom.wireless.solvers.local_search import improve, share_of, value_of
 from fedloom.wireless.system.problem import Problem
 from fedloom.wireless.system.radio import Array, Rates
@@ -36,14 +36,22 @@ _ENUMERATE = 200_000  # partial assignments held at once
 
 
 @dataclass(frozen=True)
-class Node:
-    """Columns left to each device, and where the parent's prices stood."""
+class Columns:
+    """A node: the columns left to each device, and where the parent's prices stood."""
 
     sets: tuple[Sets, ...]
     caps: tuple[Array, ...]
     prices: Array
     """(M,)."""
     q: float
+
+    def only(self, picks: Sequence[NDArray[np.bool_]]) -> Columns:
+        """The columns picked, device by device."""
+        return replace(
+            self,
+            sets=tuple(sets[pick] for sets, pick in zip(self.sets, picks, strict=True)),
+            caps=tuple(caps[pick] for caps, pick in zip(self.caps, picks, strict=True)),
+        )
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ def fits(problem: Problem) -> bool:
     return problem.subcarriers.count <= 20 and len(problem.ids) << problem.subcarriers.count <= MOST_COLUMNS
 
 
-def root(problem: Problem) -> Node:
+def root(problem: Problem) -> Columns:
     """All columns that could matter. O(K M 2^M)."""
     link = problem.subcarriers
     sets, caps = [], []
@@ -88,11 +96,11 @@ def root(problem: Problem) -> Node:
             useful.reshape(-1, 2, 2**m)[:, 1] &= halves[:, 1] > halves[:, 0]
         sets.append(every[useful])
         caps.append(cap[useful])
-    return Node(tuple(sets), tuple(caps), np.zeros(link.count), -1.0)
+    return Columns(tuple(sets), tuple(caps), np.zeros(link.count), -1.0)
 
 
 class LagrangianBound:
-    """`bound` for `branch_and_bound` over `Node`. Points are shares (K, M)."""
+    """`lower_bound` for `branch_and_bound` over `Columns`. Points are shares (K, M)."""
 
     def __init__(self, problem: Problem, *, tolerance: float = 1e-9, steps: int = 250) -> None:
         self.problem = problem
@@ -106,27 +114,27 @@ class LagrangianBound:
             + bound.gap_term(np.ones(len(problem.ids)), problem.samples)
         )  # fmt: skip
 
-    def __call__(self, node: Node, cutoff: float) -> Bounded[Node, Array]:
+    def __call__(self, node: Columns, cutoff: float) -> NodeBound[Columns, Array]:
         if min(map(len, node.sets)) == 0:
-            return Bounded(np.inf)
+            return NodeBound(np.inf)
         fast = float(self.problem.value_of_caps(np.array([caps.max() for caps in node.caps])))
         goal = min(cutoff, self._ceiling)
         if fast >= goal - self.tolerance:
-            return Bounded(fast if np.isfinite(cutoff) else np.inf)
+            return NodeBound(fast if np.isfinite(cutoff) else np.inf)
         dual = self._dual(node, goal)
         lower = max(fast, dual.lower)
         if lower >= goal - self.tolerance:
-            return Bounded(lower if np.isfinite(cutoff) else np.inf)
+            return NodeBound(lower if np.isfinite(cutoff) else np.inf)
         left = self._without_losers(node, dual, goal)
         if min(map(len, left.sets)) == 0:
-            return Bounded(goal - self.tolerance if np.isfinite(cutoff) else np.inf)
+            return NodeBound(goal - self.tolerance if np.isfinite(cutoff) else np.inf)
         exact = self._enumerate(left, dual, goal)
         if exact is not None:
-            return exact if np.isfinite(cutoff) or exact.point is not None else Bounded(np.inf)
+            return exact if np.isfinite(cutoff) or exact.point is not None else NodeBound(np.inf)
         value, share = self._repair(dual.usage)
-        return Bounded(lower, value, share, lambda: self._split(left, dual.usage))
+        return NodeBound(lower, value, share, lambda: self._split(left, dual.usage))
 
-    def _dual(self, node: Node, goal: float) -> _Dual:
+    def _dual(self, node: Columns, goal: float) -> _Dual:
         """Maximise L by subgradient steps towards `goal`; stop when it is reached."""
         bound, w, devices = self.problem.bound, self.problem.weights, len(node.sets)
         prices, q = node.prices.copy(), node.q
@@ -182,18 +190,13 @@ class LagrangianBound:
         own = bound.dropout_penalty * bound.penalty(keep) + gap.at(keep, owner)
         return self.problem.weights[owner] * own, keep, bound.base_error + gap.constant
 
-    def _without_losers(self, node: Node, dual: _Dual, goal: float) -> Node:
+    def _without_losers(self, node: Columns, dual: _Dual, goal: float) -> Columns:
         """Columns whose choice alone lifts the bound past the goal are dropped."""
         room = goal - self.tolerance - dual.lower
         picks = [reduced < room for reduced in dual.reduced]
-        return Node(
-            tuple(sets[pick] for sets, pick in zip(node.sets, picks, strict=True)),
-            tuple(caps[pick] for caps, pick in zip(node.caps, picks, strict=True)),
-            dual.prices,
-            dual.q,
-        )
+        return replace(node.only(picks), prices=dual.prices, q=dual.q)
 
-    def _enumerate(self, left: Node, dual: _Dual, goal: float) -> Bounded[Node, Array] | None:
+    def _enumerate(self, left: Columns, dual: _Dual, goal: float) -> NodeBound[Columns, Array] | None:
         """All disjoint choices that may beat the goal, if they are few: the node's optimum. None if they are too many."""
         room = goal - self.tolerance - dual.lower
         reduced = [extra[extra < room] for extra in dual.reduced]
@@ -211,7 +214,7 @@ class LagrangianBound:
             taken, extra = taken[row] | left.sets[k][column], extra[row] + reduced[k][column]
             picks = np.column_stack([picks[row], column])
         if not len(taken):
-            return Bounded(goal - self.tolerance)
+            return NodeBound(goal - self.tolerance)
         caps = np.empty((len(taken), len(order)))
         for position, k in enumerate(order):
             caps[:, k] = left.caps[k][picks[:, position]]
@@ -222,14 +225,14 @@ class LagrangianBound:
         for position, k in enumerate(order):
             share[k] = left.sets[k][picks[at, position]] >> np.arange(self.count) & 1
         # Choices left out are worth at least goal - tolerance.
-        return Bounded(min(value, goal - self.tolerance), value, share)
+        return NodeBound(min(value, goal - self.tolerance), value, share)
 
     def _repair(self, usage: Array) -> tuple[float, Array]:
         owners = np.where(usage.max(axis=0) > 0.05, np.argmax(usage, axis=0), -1)
         owners = improve(self.problem, owners, max_moves=3 * self.count)
         return value_of(self.problem, owners), share_of(owners, len(self.problem.ids))
 
-    def _split(self, left: Node, usage: Array) -> Sequence[Node]:
+    def _split(self, left: Columns, usage: Array) -> Sequence[Columns]:
         """(k, m) nearest to one half: the nodes where device k holds subcarrier m, and where it does not."""
         open_pairs = np.zeros(usage.shape, dtype=bool)
         for k, sets in enumerate(left.sets):
@@ -239,20 +242,11 @@ class LagrangianBound:
             return ()
         score = np.where(open_pairs, np.abs(usage - 0.5), np.inf)
         k, m = (int(index) for index in np.unravel_index(np.argmin(score), score.shape))
-        children = []
-        for yes in (True, False):
-            picks = [
-                (sets >> m & 1).astype(bool) == (yes if j == k else False)
-                if yes or j == k
-                else np.ones(len(sets), bool)
-                for j, sets in enumerate(left.sets)
-            ]
-            children.append(
-                Node(
-                    tuple(sets[pick] for sets, pick in zip(left.sets, picks, strict=True)),
-                    tuple(caps[pick] for caps, pick in zip(left.caps, picks, strict=True)),
-                    left.prices,
-                    left.q,
-                )
-            )
-        return children
+        holders = [_holds(sets, m) for sets in left.sets]
+        given = [has if j == k else ~has for j, has in enumerate(holders)]
+        denied = [~has if j == k else np.ones_like(has) for j, has in enumerate(holders)]
+        return [left.only(given), left.only(denied)]
+
+
+def _holds(sets: Sets, m: int) -> NDArray[np.bool_]:
+    return (sets >> m & 1).astype(bool)

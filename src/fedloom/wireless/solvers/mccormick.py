@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom.wireless.solvers.branch_and_bound import Bounded
+from fedloom.wireless.solvers.branch_and_bound import NodeBound
 from fedloom.wireless.solvers.convex_terms import empirical_term, gap_epigraph
 from fedloom.wireless.solvers.cvx import SOLVER, cp, try_solve, value
 from fedloom.wireless.solvers.local_search import improve, rounded, share_of, value_of
@@ -75,7 +75,7 @@ def single_device_caps(problem: Problem, node: Assignment) -> Array:
 
 
 class McCormickBound:
-    """`bound` for `branch_and_bound` over `Assignment`. Points are shares (K, M)."""
+    """`lower_bound` for `branch_and_bound` over `Assignment`. Points are shares (K, M)."""
 
     def __init__(self, problem: Problem, *, tolerance: float = 1e-5, solver: str = SOLVER) -> None:
         self.problem = problem
@@ -114,25 +114,25 @@ class McCormickBound:
             ],
         )
 
-    def __call__(self, node: Assignment, cutoff: float) -> Bounded[Assignment, Array]:
+    def __call__(self, node: Assignment, cutoff: float) -> NodeBound[Assignment, Array]:
         caps = single_device_caps(self.problem, node)
         fast = float(self.problem.value_of_caps(caps))
         if fast >= cutoff - self.tolerance:
-            return Bounded(fast)
+            return NodeBound(fast)
         if (node.given == node.allowed).all():
             share = node.given.astype(float)
             worth = float(self.problem.value_of_caps(self.problem.caps(share)))
-            return Bounded(worth, worth, share if np.isfinite(worth) else None)
+            return NodeBound(worth, worth, share if np.isfinite(worth) else None)
         lower, share = self.relax(node, caps)
         lower = max(fast, lower)
         if lower >= cutoff - self.tolerance:
-            return Bounded(lower)
+            return NodeBound(lower)
         owners = rounded(self.problem, share)
         if not np.isfinite(cutoff) or not node.given.any():
             owners = improve(self.problem, owners)
         worth = value_of(self.problem, owners)
         point = share_of(owners, len(caps)) if np.isfinite(worth) else None
-        return Bounded(lower, worth, point, lambda: self._split(node, share))
+        return NodeBound(lower, worth, point, lambda: self._split(node, share))
 
     def relax(self, node: Assignment, caps: Array) -> tuple[float, Array]:
         """Lower bound and relaxed share; (+inf, .) if the relaxation is infeasible, (-inf, .) if the solver failed."""

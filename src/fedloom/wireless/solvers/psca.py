@@ -6,8 +6,8 @@ FedLoDrop (arXiv 2510.12078) names the method; surrogates and schedule here are 
     s.t. C1', C2~', sum_k rho_{k,m} <= 1, 0 <= rho <= 1, 1 <= y <= y_max
 
 with the majorants of `reciprocal`, tight at the iterate, so for fixed zeta the penalised objective never rises. zeta starts
-at 0, then doubles. Fractional shares that stall are nudged (the penalty's slope is 0 at 1/2, where two devices tie for ever). The
-rounded end of every start is evaluated exactly by (35), (27) and repaired by local search on exact values.
+at 0, then doubles. Fractional shares that stall are nudged (the penalty's slope is 0 at 1/2, where two devices tie for ever).
+The rounded end of every start is evaluated exactly by (35), (27) and repaired by local search on exact values.
 """
 
 from __future__ import annotations
