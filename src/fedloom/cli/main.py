@@ -169,7 +169,7 @@ def allocate(
         float, typer.Option(metavar="S", help="Return the best found by then, with its optimality gap.")
     ] = 60.0,
     sweep: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Draw the curves of the planner, PNG and CSV.")
+        Path | None, typer.Option(metavar="DIR", help="Draw what tighter limits cost this fleet, PNG and CSV.")
     ] = None,
     constants_from: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Take the bound's constants from a finished run.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fedloom.wireless.show.tables import print_allocation
 from fedloom.wireless.system.constants import from_run
 from fedloom.wireless.system.fleet import Fleet, read_fleet
 from fedloom.wireless.system.generalisation_bound import Bound
+from fedloom.wireless.system.problem import Problem
 
 
 def allocate_command(
@@ -25,7 +27,7 @@ def allocate_command(
     constants_from: Path | None = None,
     seed: int | None = None,
 ) -> None:
-    """Allocate for a fleet file and print a table, or JSON; write the allocation to `out`, sweeps to the folder `sweep`.
+    """Allocate for a fleet file and print a table, or JSON; write the allocation to `out`, curves to the folder `sweep`.
 
     `constants_from` is a run directory that replaces C, eta, A1, Lambda_min of [bound]. `seed` None means the file's. Raises
     ConfigError with one message for a bad file, a fleet that no plan serves, or a place that cannot be written.
@@ -47,11 +49,18 @@ def allocate_command(
         if out is not None:
             console.print(f"written to {out}", highlight=False)
     if sweep is not None:
-        from fedloom.wireless.show.sweep import draw_all
-
-        for path in draw_all(sweep, fleet=described, seed=seed):
+        for path in _draw(problem, sweep):
             if not as_json:
                 console.print(f"drawn {path}", highlight=False)
+
+
+def _draw(problem: Problem, folder: Path) -> Iterator[Path]:
+    """The fleet's curves as PNG and CSV in the folder; the pictures' paths."""
+    from fedloom.wireless.show import curves, figures  # matplotlib is needed from here on
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for sweep in curves.of_fleet(problem):
+        yield figures.write(sweep, folder)
 
 
 def _bound(fleet: Fleet, run_dir: Path | None) -> Bound | None:

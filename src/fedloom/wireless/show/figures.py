@@ -1,4 +1,4 @@
-"""A sweep as a picture (matplotlib, no display needed).
+"""A sweep as a picture (matplotlib, no display needed) and a table.
 
 A curve far above all others ("no dropout", mostly) gets a panel of its own on top, so that the others can be told apart.
 Run times have a band from the 10th to the 90th percentile.
@@ -6,11 +6,12 @@ Run times have a band from the 10th to the 90th percentile.
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
 from fedloom.errors import ConfigError
-from fedloom.wireless.show.sweep import LABELS, Row, Sweep
+from fedloom.wireless.show.curves import LABELS, Row, Sweep
 
 try:
     from matplotlib.figure import Figure
@@ -58,6 +59,15 @@ def draw(sweep: Sweep, path: Path) -> Path:
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path)
     return path
+
+
+def write(sweep: Sweep, out: Path) -> Path:
+    """`NAME.csv` and `NAME.png` in the folder `out`; the picture's path."""
+    with (out / f"{sweep.name}.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(Row._fields)
+        writer.writerows(sweep.rows)
+    return draw(sweep, out / f"{sweep.name}.png")
 
 
 def _far(curve: str, curves: dict[str, list[Row]]) -> bool:
