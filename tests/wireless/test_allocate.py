@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from fedloom.errors import ConfigError
-from fedloom.wireless import Allocation, Network, Status, allocate, diagnosis, random_fleet
+from fedloom.wireless import Allocation, Status, allocate, diagnosis
 from fedloom.wireless.allocate import solve
 from fedloom.wireless.show.command import allocate_command
 from fedloom.wireless.show.tables import print_allocation
@@ -207,38 +207,3 @@ def test_no_baseline_beats_the_optimum_and_uniform_is_its_own_best() -> None:
     assert seen > 12
     found, keep = baseline(small(5), "uniform")
     assert keep is not None and np.ptp(keep) == 0.0
-
-
-@pytest.mark.parametrize("mode", ["subcarrier", "bandwidth"])
-def test_network_repeats_the_plan_for_the_planned_round(mode: str) -> None:
-    problem = small(1, mode=mode)  # type: ignore[arg-type]
-    plan = allocate(problem)
-    network = Network.of(problem, plan)
-    sent = {device.id: round(device.payload_bits / 8) for device in plan.devices}
-    worked = {name: round(n) for name, n in zip(problem.ids, problem.samples, strict=True)}
-    got = network.round(sent, sent, worked)
-    for device in plan.devices:
-        assert got["devices"][device.id]["seconds"] == pytest.approx(device.latency_s, rel=1e-5)
-        assert got["devices"][device.id]["joules"] == pytest.approx(device.energy_j, rel=1e-5)
-    assert got["seconds"] == max(device["seconds"] for device in got["devices"].values())
-    assert got["predicted_seconds"] == pytest.approx(got["seconds"], rel=1e-5)
-    json.dumps(got)
-
-
-def test_network_charges_what_really_crossed() -> None:
-    problem = small(1)
-    plan = allocate(problem)
-    network = Network.of(problem, plan)
-    one = network.round({"d1": 1000}, {"d1": 4000}, {"d1": 7})
-    assert list(one["devices"]) == ["d1"]
-    device, planned = one["devices"]["d1"], plan.devices[1]
-    assert device["up_s"] == pytest.approx(8000.0 / planned.rate_up_bit_s)
-    assert device["down_s"] == pytest.approx(32000.0 / planned.rate_down_bit_s)
-    assert device["compute_s"] == pytest.approx(planned.compute_s * 7 / problem.samples[1])
-    assert device["transmit_j"] == pytest.approx(planned.power_w * device["up_s"])
-    assert not device["late"] and not device["over"]
-    assert network.round({"d1": 10**9}, {}, {"d1": 7})["devices"]["d1"]["late"]
-    with pytest.raises(ConfigError, match="no device 'd9'"):
-        network.round({"d9": 1}, {}, {"d9": 1})
-    with pytest.raises(ConfigError, match="allocate again"):
-        Network.of(random_fleet(4, 5, 0), plan)

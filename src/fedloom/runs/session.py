@@ -20,11 +20,10 @@ from fedloom.data.text import Encoded
 from fedloom.engines.inprocess import InProcess
 from fedloom.engines.link import Link
 from fedloom.loop import Record, federate, in_order
-from fedloom.runs import evaluate, export, remote
+from fedloom.runs import evaluate, export, radio_cost, remote
 from fedloom.runs.assemble import Parts, absolute
 from fedloom.runs.config import RunConfig
 from fedloom.runs.directory import RunDirectory, digest_file, digest_files
-from fedloom.runs.network import plan
 from fedloom.train.trainer import Trainer
 
 
@@ -157,7 +156,7 @@ class _Session:
         self.rounds = parts.config.train.rounds
         self._trained = 0
         self._personal = parts.method.personal
-        self.network = plan(parts) if parts.config.network is not None else None
+        self.network = radio_cost.plan(parts) if parts.config.network is not None else None
 
     def _progress(self, count: int) -> None:
         self._trained += count
@@ -231,7 +230,7 @@ class _Session:
             "report": _report(record, state),
         }
         if self.network is not None and record.t > 0 and self.parts.method.stage(record.t) == "clients":
-            line["network"] = self.network.round(record)
+            line["network"] = radio_cost.cost(self.network, record)
         if self.far is not None and record.t > 0:
             line["engine"] = self.far.told()
             line["seconds"]["train"] = line["engine"].pop("train_s")

@@ -12,6 +12,9 @@ import pytest
 import fedloom
 from fedloom.cli.main import call
 from fedloom.errors import ConfigError
+from fedloom.loop import Record
+from fedloom.runs.radio_cost import cost
+from fedloom.wireless import Network, allocate, random_fleet
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -106,3 +109,21 @@ def test_wrong_plans_are_one_error(fleet: Path, settings: Settings, tmp_path: Pa
     plan.write_text("[1, 2]")
     with pytest.raises(ConfigError, match="no allocation"):
         fedloom.run(settings(method=drop, clients={"keep": str(plan)}), tmp_path / "d")
+
+
+def test_a_client_whose_update_was_not_used_costs_what_crossed() -> None:
+    problem = random_fleet(3, 6, 1).problem()
+    network = Network.of(problem, allocate(problem, "psca"), ids=["a", "b", "c"])
+    crossed = {"a": [4000, 3000], "b": [4000, 3000], "c": [4000, 0]}
+    metrics = {client: {"loss": 1.0, "samples": 16.0} for client in crossed}
+    every = cost(network, Record(1, clients=list(crossed), metrics=metrics, per_client=crossed))
+    used = {"a": metrics["a"]}
+    dropped = {"b": "its norm is 9, allowed is 1", "c": "no answer"}
+    got = cost(network, Record(1, clients=list(crossed), dropped=dropped, metrics=used, per_client=crossed))
+    assert list(got["devices"]) == ["a", "b", "c"] and got["devices"]["a"] == every["devices"]["a"]
+    for client in dropped:
+        before, after = every["devices"][client], got["devices"][client]
+        assert after["compute_s"] == 0.0 < before["compute_s"]
+        assert after["down_s"] == before["down_s"] > 0.0 and after["up_s"] == before["up_s"]
+        assert after["joules"] == after["transmit_j"] + after["overhead_j"] > 0.0
+    assert got["devices"]["b"]["transmit_j"] > 0.0 == got["devices"]["c"]["transmit_j"]
