@@ -84,17 +84,18 @@ def _explain(model: type[BaseModel], key: Key, detail: ErrorDetails, values: Map
     return f"{name}{place}: got {detail['input']!r}, {message.replace('Input should be', 'expected')}"
 
 
-def _named(key: Key, values: Any) -> tuple[str, str]:
+def _named(key: Key, values: object) -> tuple[str, str]:
     """A key in words: `limits.latency_s`; `power_w` and ` of device 'near'` within an array of tables."""
     name: list[str] = []
     place = ""
     for part in key:
-        values = values.get(part) if isinstance(values, Mapping) else values[part]
         if isinstance(part, int):
+            values = values[part] if isinstance(values, list) else None
             entry = values.get("id") if isinstance(values, Mapping) else None
             place = f" of {'.'.join(name)} " + (f"number {part + 1}" if entry is None else repr(entry))
             name = []
         else:
+            values = values.get(part) if isinstance(values, Mapping) else None
             name.append(part)
     return ".".join(name), place
 

@@ -33,6 +33,14 @@ Sets = NDArray[np.int64]
 
 MOST_COLUMNS = 2_000_000  # K 2^M: 7 devices on 18 subcarriers, 30 on 16; about 100 bytes each
 _ENUMERATE = 200_000  # partial assignments held at once
+_PATIENCE = 12  # subgradient steps without progress before they are halved
+_PROGRESS = 1e-3  # of the distance to the goal, which counts as progress
+_SHORTEST = 0.02  # of the first step: halved below that, the dual has converged for the purpose of a bound
+_Q_EVERY, _Q_DAMPING = (
+    4,
+    0.3,
+)  # steps between moves of the tangent point, and how far it moves to the q of the chosen columns
+_OLD, _NEW = 0.9, 0.1  # weights in the running mean of what the chosen columns hold, which is branched on
 
 
 @dataclass(frozen=True)
@@ -155,8 +163,8 @@ class LagrangianBound:
             chosen = np.array([a + np.argmin(full[a:b]) for a, b in pairwise(ends)])
             lower = constant + float(full[chosen].sum() - prices.sum())
             holds = (sets[chosen][:, None] >> bits & 1).astype(float)
-            usage = 0.9 * usage + 0.1 * holds
-            if lower > best.lower + 1e-3 * max(0.0, goal - best.lower):
+            usage = _OLD * usage + _NEW * holds
+            if lower > best.lower + _PROGRESS * max(0.0, goal - best.lower):
                 since = 0
             else:
                 since += 1
@@ -164,15 +172,15 @@ class LagrangianBound:
                 best, best_full = _Dual(lower, prices.copy(), q, (), usage), full
             if lower >= goal - self.tolerance:
                 break
-            if since >= 12:
+            if since >= _PATIENCE:
                 scale, since = 0.5 * scale, 0
-                if scale < 0.02:
+                if scale < _SHORTEST:
                     break
             slope = holds.sum(axis=0) - 1.0
             slope[(prices <= 0.0) & (slope < 0.0)] = 0.0
             norm = float(slope @ slope)
-            if bound.generalisation_gap.couples_devices and step % 4 == 3:
-                q = 0.7 * q + 0.3 * float((w[owner[chosen]] * keep[chosen] ** 2).sum())
+            if bound.generalisation_gap.couples_devices and step % _Q_EVERY == _Q_EVERY - 1:
+                q = (1.0 - _Q_DAMPING) * q + _Q_DAMPING * float((w[owner[chosen]] * keep[chosen] ** 2).sum())
                 cost, keep, constant = self._costs(caps, owner, q)
             elif norm == 0.0:
                 break

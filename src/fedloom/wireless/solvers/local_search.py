@@ -8,17 +8,19 @@ far they break it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.wireless.system.problem import Problem
-from fedloom.wireless.system.radio import Array, Rates, Subcarriers
+from fedloom.wireless.system.radio import Array, Rates
 
 Owners = NDArray[np.intp]
 """(M,) the device that holds each subcarrier, -1 for none."""
 
+_NEGLIGIBLE = 0.02  # a relaxed share that leaves a subcarrier to nobody
 _TRIES = 6  # priced moves evaluated exactly before a share counts as locally best
 
 
@@ -95,12 +97,12 @@ def improve(problem: Problem, owners: Owners, *, only_add: bool = False, max_mov
 
     `only_add` hands out free subcarriers and takes none back.
     """
-    link, devices = problem.subcarriers, len(problem.ids)
+    devices = len(problem.ids)
     owners = owners.copy()
     caps = problem.caps(share_of(owners, devices))
     now = merit(problem, caps)
     for _ in range(max_moves):
-        for candidate in _candidates(problem, link, owners, caps, only_add, now):
+        for candidate in _candidates(problem, owners, caps, only_add, now):
             new_caps = problem.caps(share_of(candidate, devices))
             new = merit(problem, new_caps)
             if new < now - 1e-13 * max(1.0, abs(now)):
@@ -111,70 +113,88 @@ def improve(problem: Problem, owners: Owners, *, only_add: bool = False, max_mov
     return owners
 
 
-def _candidates(
-    problem: Problem, link: Subcarriers, owners: Owners, caps: Array, only_add: bool, now: float
-) -> list[Owners]:
+def _candidates(problem: Problem, owners: Owners, caps: Array, only_add: bool, now: float) -> list[Owners]:
     """The most promising neighbours by held-rate price, best first."""
-    devices, count = link.up.shape
+    devices, count = problem.subcarriers.up.shape
     prices = _Prices.at(problem, caps)
     share = share_of(owners, devices)
-    rates = link.rates(share)
-    power = rates.transmit_w
+    rates = problem.link.rates(share)
     held = owners >= 0
-    owner = np.where(held, owners, 0)
-    m = np.arange(count)
-    k = np.arange(devices)[:, None]
+    owner = np.where(held, owners, 0)  # of a free subcarrier any will do: what it would lose is not counted
+    k, m = np.arange(devices)[:, None], np.arange(count)
 
-    gain = problem.caps_of(
-        Rates(
-            rates.up[:, None] + link.up,
-            rates.down[:, None] + link.down,
-            power[:, None] + link.power_per_subcarrier_w[:, None],
-        ),
-        k,
-    )
-    lone = share.sum(axis=1)[owner] <= 1
-    up_left = np.where(lone, 0.0, rates.up[owner] - link.up[owner, m])
-    down_left = np.where(lone, 0.0, rates.down[owner] - link.down[owner, m])
-    lose = problem.caps_of(Rates(up_left, down_left, power[owner] - link.power_per_subcarrier_w[owner]), owner)
-
+    gain = _caps_with_another(problem, rates)
+    left = _rates_without_one(problem, rates, share, owner)
+    lose = problem.caps_of(left, owner)
     give = prices.change((gain, k, True), (lose, owner, held))
     give[owner[held], m[held]] = np.inf
+    below = now - problem.bound.base_error
     if only_add:
         give[:, held] = np.inf
-        return _apply(owners, give, None, None, now - problem.bound.base_error)
+        return _best_moves(owners, [(give, _give)], below)
     drop = np.where(held, prices.change((lose, owner, held)), np.inf)
 
-    a, n = owner[:, None], m[None, :]
-    traded = problem.caps_of(
-        Rates(up_left[:, None] + link.up[a, n], down_left[:, None] + link.down[a, n], power[owner][:, None]), a
-    )
-    partner = np.broadcast_to(owner[None, :], (count, count))
-    trade = prices.change((traded, np.broadcast_to(a, (count, count)), True), (traded.T, partner, True))
-    same = (owner[:, None] == owner[None, :]) | ~held[:, None] | ~held[None, :]
+    swapped = _caps_with_another_instead(problem, rates, left, owner)
+    mine, partner = (np.broadcast_to(axis, (count, count)) for axis in (owner[:, None], owner[None, :]))
+    trade = prices.change((swapped, mine, True), (swapped.T, partner, True))
+    same = (mine == partner) | ~held[:, None] | ~held[None, :]
     trade[same | (m[:, None] >= m[None, :])] = np.inf
-    return _apply(owners, give, drop, trade, now - problem.bound.base_error)
+    return _best_moves(owners, [(give, _give), (drop, _drop), (trade, _trade)], below)
 
 
-def _apply(owners: Owners, give: Array, drop: Array | None, trade: Array | None, now: float) -> list[Owners]:
-    moves: list[tuple[float, Owners]] = []
-    for kind, table in enumerate((give, drop, trade)):
-        if table is None:
-            continue
+def _caps_with_another(problem: Problem, rates: Rates) -> Array:
+    """(K, M) the cap of device k if it held subcarrier m besides."""
+    link = problem.subcarriers
+    power = rates.transmit_w[:, None] + link.power_per_subcarrier_w[:, None]
+    more = Rates(rates.up[:, None] + link.up, rates.down[:, None] + link.down, power)
+    return problem.caps_of(more, np.arange(len(link.up))[:, None])
+
+
+def _rates_without_one(problem: Problem, rates: Rates, share: Array, owner: Owners) -> Rates:
+    """(M,) what subcarrier m's owner is left with without it; 0 exactly where it is the only one."""
+    link, m = problem.subcarriers, np.arange(len(owner))
+    lone = share.sum(axis=1)[owner] <= 1
+    up = np.where(lone, 0.0, rates.up[owner] - link.up[owner, m])
+    down = np.where(lone, 0.0, rates.down[owner] - link.down[owner, m])
+    return Rates(up, down, rates.transmit_w[owner] - link.power_per_subcarrier_w[owner])
+
+
+def _caps_with_another_instead(problem: Problem, rates: Rates, left: Rates, owner: Owners) -> Array:
+    """(M, M) the cap of subcarrier m's owner if it held n in place of m, which takes the same power."""
+    link, k, n = problem.subcarriers, owner[:, None], np.arange(len(owner))[None, :]
+    up, down = left.up[:, None] + link.up[k, n], left.down[:, None] + link.down[k, n]
+    return problem.caps_of(Rates(up, down, rates.transmit_w[owner][:, None]), k)
+
+
+Move = Callable[[Owners, int, int], None]
+"""Changes an assignment in place; the two numbers are a place in the move's table of prices."""
+
+
+def _give(owners: Owners, k: int, m: int) -> None:
+    owners[m] = k
+
+
+def _drop(owners: Owners, m: int, _: int) -> None:
+    owners[m] = -1
+
+
+def _trade(owners: Owners, m: int, n: int) -> None:
+    owners[m], owners[n] = owners[n], owners[m]
+
+
+def _best_moves(owners: Owners, priced: Sequence[tuple[Array, Move]], below: float) -> list[Owners]:
+    """The cheapest moves of the tables, each applied to a copy, as far as they are priced below `below`."""
+    found: list[tuple[float, Owners]] = []
+    for table, move in priced:
         flat = table.ravel()
         best = np.argpartition(flat, min(_TRIES, flat.size - 1))[:_TRIES]
-        for index in best[flat[best] < now + 1e-9 * max(1.0, abs(now))]:
+        for index in best[flat[best] < below + 1e-9 * max(1.0, abs(below))]:
             new = owners.copy()
-            where = np.unravel_index(index, table.shape)
-            if kind == 0:
-                new[where[1]] = where[0]
-            elif kind == 1:
-                new[where[0]] = -1
-            else:
-                new[where[0]], new[where[1]] = owners[where[1]], owners[where[0]]
-            moves.append((float(flat[index]), new))
-    moves.sort(key=lambda move: move[0])
-    return [new for _, new in moves[:_TRIES]]
+            row, *column = np.unravel_index(index, table.shape)
+            move(new, int(row), int(column[0]) if column else 0)
+            found.append((float(flat[index]), new))
+    found.sort(key=lambda priced_move: priced_move[0])
+    return [new for _, new in found[:_TRIES]]
 
 
 def greedy(problem: Problem) -> Owners:
@@ -183,6 +203,6 @@ def greedy(problem: Problem) -> Owners:
 
 
 def rounded(problem: Problem, share: Array) -> Owners:
-    """An assignment from a relaxed share (K, M): each subcarrier to its largest share, none below 0.02."""
+    """An assignment from a relaxed share (K, M): each subcarrier to its largest share, none that is negligible."""
     owners = np.asarray(np.argmax(share, axis=0), dtype=np.intp)
-    return np.where(share.max(axis=0) < 0.02, -1, owners)
+    return np.where(share.max(axis=0) < _NEGLIGIBLE, -1, owners)
