@@ -53,7 +53,7 @@ def assert_peft_agrees(parts: Parts, adapter: Path) -> None:
     from peft import PeftModel
 
     rows = parts.eval_rows
-    from fedloom.data.text import collate
+    from fedloom.data.batches import collate
     from fedloom.methods.fedit import FedIT
 
     ours = parts.trainer.evaluate(FedIT(), export.read(adapter), rows).logits
@@ -236,7 +236,7 @@ def test_verify_sees_a_changed_adapter(settings: Settings, tmp_path: Path) -> No
 def test_export_merged_model_computes_the_same(settings: Settings, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    from fedloom.data.text import collate
+    from fedloom.data.batches import collate
     from fedloom.methods.fedit import FedIT
 
     result = fedloom.run(settings(method={"name": "fedex_lora"}), tmp_path / "run")

@@ -15,7 +15,7 @@ from fedloom.checkpoint import disk_errors
 from fedloom.core import Client, Method, Sites, State
 from fedloom.data import load, metrics, partition
 from fedloom.data.glue import glue_fields, is_glue
-from fedloom.data.text import Encoded, encode_causal, encode_labelled, labels_of
+from fedloom.data.tokenize import Encoded, encode_causal, encode_labelled, labels_of
 from fedloom.errors import ConfigError, DataError
 from fedloom.models import huggingface, peft
 from fedloom.rng import generator

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedloom.core import Method, State, Work
 from fedloom.data import metrics
-from fedloom.data.text import Encoded
+from fedloom.data.batches import Encoded
 from fedloom.runs.assemble import Parts
 
 NEEDS_TEXT = frozenset({"exact_match", "rouge_l"})

@@ -16,7 +16,7 @@ from fedloom import checkpoint
 from fedloom.checkpoint import Kept
 from fedloom.core import Client, Failure, Job, Method, State, Work
 from fedloom.data import partition
-from fedloom.data.text import Encoded
+from fedloom.data.batches import Encoded
 from fedloom.engines.inprocess import InProcess
 from fedloom.engines.link import Link
 from fedloom.loop import Record, federate, in_order
