@@ -12,7 +12,7 @@ import torch
 
 import fedloom
 from fedloom.core import Work
-from fedloom.data.text import collate
+from fedloom.data.batches import collate
 from fedloom.errors import ConfigError, DataError, ModelError, RoundError, RunError
 from fedloom.runs import export, finished
 from fedloom.runs.experiment import Experiment, experiment

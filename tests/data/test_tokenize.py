@@ -6,27 +6,13 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features
 
-from fedloom.data.text import IGNORE, Encoded, collate, encode_causal, encode_labelled, labels_of, schedule
+from fedloom.data.batches import Encoded, collate, targets
+from fedloom.data.tokenize import encode_causal, encode_labelled, labels_of
 from fedloom.errors import DataError
 
 
 def rows_of(encoded: Encoded) -> list[list[int]]:
     return [x.tolist() for x in np.split(encoded.tokens, encoded.offsets[1:-1])]
-
-
-def random_rows(n: int, kind: Any = "classification", seed: int = 0) -> Encoded:
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(2, 30, n)
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
-    causal = kind == "causal-lm"
-    return Encoded(
-        tokens=rng.integers(2, 50, offsets[-1]).astype(np.int32),
-        offsets=offsets,
-        pad_id=1,
-        kind=kind,
-        targets=None if causal else rng.integers(0, 3, n),
-        starts=rng.integers(1, lengths) if causal else None,
-    )
 
 
 # labels
@@ -82,10 +68,11 @@ def test_sentence_pairs_have_token_types(bert_tokenizer: Any) -> None:
     assert encoded.token_types is not None and encoded.token_types[:6].tolist() == [0, 0, 0, 0, 1, 1]
     assert encoded.targets is not None and encoded.targets.dtype == np.float32
     picked = encoded.select([1, 0])
-    batch = collate([(picked, np.array([0, 1]))])
+    parts = [(picked, np.array([0, 1]))]
+    batch = collate(parts)
     assert batch.token_type_ids is not None
     assert batch.token_type_ids.tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1]]
-    assert batch.labels.tolist() == [2.0, 0.5]
+    assert targets(parts).labels.tolist() == [2.0, 0.5]
 
 
 def test_regression_wants_numbers(bert_tokenizer: Any) -> None:
@@ -113,8 +100,8 @@ def test_the_loss_counts_answer_and_end(llama_tokenizer: Any) -> None:
     ds = Dataset.from_dict({"p": ["w0 w1"], "r": ["w2 w3"]})
     encoded = encode_causal(ds, llama_tokenizer, "p", "r", None, 16)
     assert rows_of(encoded) == [[1, 3, 4, 5, 6, 2]]
-    batch = collate([(encoded, np.array([0]))])
-    assert batch.labels.tolist() == [[IGNORE, IGNORE, IGNORE, 5, 6, 2]]
+    wanted = targets([(encoded, np.array([0]))])
+    assert wanted.position.tolist() == [2, 3, 4] and wanted.labels.tolist() == [5, 6, 2]
 
 
 @pytest.mark.parametrize("template", ["w9 {prompt}", "question", "alpaca"])
@@ -160,101 +147,3 @@ def test_an_empty_prompt_has_a_token_to_predict_from(gpt2_tokenizer: Any) -> Non
     ds = Dataset.from_dict({"p": [""], "r": ["w2"]})
     encoded = encode_causal(ds, gpt2_tokenizer, "p", "r", None, 8)
     assert rows_of(encoded) == [[1, 4, 1]] and encoded.starts is not None and encoded.starts.tolist() == [1]
-
-
-def test_select_takes_rows_in_the_order_given() -> None:
-    encoded = random_rows(20, "causal-lm")
-    rows = [7, 3, 3, 19]
-    picked = encoded.select(rows)
-    assert rows_of(picked) == [rows_of(encoded)[i] for i in rows]
-    assert picked.starts is not None and encoded.starts is not None
-    assert picked.starts.tolist() == encoded.starts[rows].tolist()
-    assert len(encoded.select([])) == 0
-
-
-# schedule
-
-
-@pytest.mark.parametrize("n", [1, 5, 16, 37])
-def test_an_epoch_visits_every_row_once(n: int) -> None:
-    lengths = random_rows(n).lengths
-    batches = schedule(lengths, 8, (0, 1, "client-0"), epochs=3)
-    per_epoch = -(-n // 8)
-    assert len(batches) == 3 * per_epoch
-    for epoch in range(3):
-        seen = np.concatenate(batches[epoch * per_epoch : (epoch + 1) * per_epoch])
-        assert sorted(seen.tolist()) == list(range(n))
-
-
-def test_steps_run_over_as_many_epochs_as_they_need() -> None:
-    lengths = random_rows(10).lengths
-    batches = schedule(lengths, 4, (0, 1, "c"), steps=7)
-    assert [len(x) for x in batches].count(2) in (2, 3) and len(batches) == 7
-    whole = schedule(lengths, 4, (0, 1, "c"), epochs=3)
-    assert all(np.array_equal(a, b) for a, b in zip(batches, whole, strict=False))
-    assert schedule(lengths, 4, (0, 1, "c"), steps=0) == []
-
-
-def test_batches_follow_the_key_alone() -> None:
-    lengths = random_rows(64).lengths
-
-    def flat(key: tuple[int, int, str]) -> list[int]:
-        rows: list[int] = np.concatenate(schedule(lengths, 8, key, epochs=1)).tolist()
-        return rows
-
-    assert flat((0, 1, "a")) == flat((0, 1, "a"))
-    assert len({tuple(flat(key)) for key in [(0, 1, "a"), (1, 1, "a"), (0, 2, "a"), (0, 1, "b")]}) == 4
-
-
-def test_sorting_saves_padding_and_clients_keep_in_step() -> None:
-    one, two = random_rows(128, seed=1).lengths, random_rows(128, seed=2).lengths
-    a, b = schedule(one, 16, (0, 1, "a"), epochs=1), schedule(two, 16, (0, 1, "b"), epochs=1)
-    together = sum(max(one[i].max(), two[j].max()) for i, j in zip(a, b, strict=True)) * 32
-    assert together < 1.15 * (one.sum() + two.sum())  # in random order it is about 1.9 times
-
-
-def test_schedule_refuses_what_it_cannot_do() -> None:
-    lengths = np.array([3, 4])
-    for arguments in ({}, {"steps": 1, "epochs": 1}, {"steps": -1}):
-        with pytest.raises(ValueError):
-            schedule(lengths, 2, (0, 1, "a"), **arguments)
-    with pytest.raises(ValueError):
-        schedule(np.array([], np.int64), 2, (0, 1, "a"), steps=1)
-
-
-# collate
-
-
-def test_collate_equals_a_plain_loop() -> None:
-    one, two = random_rows(9, "causal-lm", 1), random_rows(9, "causal-lm", 2)
-    rows = [np.array([4, 0, 8]), np.array([2])]
-    batch = collate([(one, rows[0]), (two, rows[1])], multiple=8)
-    assert (batch.K, batch.b) == (2, 3) and batch.input_ids.shape[1] % 8 == 0
-    assert batch.weight.tolist() == [1, 1, 1, 1, 0, 0]
-    for k, (data, mine) in enumerate(zip((one, two), rows, strict=True)):
-        for i, row in enumerate(mine):
-            tokens, at = rows_of(data)[row], 3 * k + i
-            n = len(tokens)
-            assert batch.input_ids[at, :n].tolist() == tokens and set(batch.input_ids[at, n:].tolist()) <= {1}
-            assert batch.attention_mask[at].tolist() == [1] * n + [0] * (batch.input_ids.shape[1] - n)
-            assert data.starts is not None
-            start = int(data.starts[row])
-            assert batch.labels[at].tolist() == [IGNORE] * start + tokens[start:] + [IGNORE] * (
-                batch.input_ids.shape[1] - n
-            )
-    assert (batch.labels[4:] == IGNORE).all() and batch.attention_mask[4:].sum(1).tolist() == [1, 1]
-    assert batch.to("cpu").K == 2
-
-
-def test_collate_of_unequal_clients_without_padding_rows() -> None:
-    data = random_rows(4)
-    with pytest.raises(ValueError, match=r"\[2, 1\]"):
-        collate([(data, np.array([0, 1])), (data, np.array([2]))], pad_rows=False)
-    with pytest.raises(ValueError, match="at least one client"):
-        collate([])
-
-
-def test_a_client_that_has_finished_adds_rows_of_no_weight() -> None:
-    data = random_rows(4)
-    batch = collate([(data, np.array([0, 1])), (data, np.array([], np.int64))])
-    assert batch.weight.tolist() == [1, 1, 0, 0] and (batch.attention_mask.sum(1) > 0).all()

@@ -8,7 +8,7 @@ there is zero and every optimiser here leaves a zero with zero gradient at zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class Layout:
         return result
 
 
-def pack(states: Sequence[State], dtype: torch.dtype, device: torch.device) -> tuple[Layout, Tensor]:
+def flatten(states: Sequence[State], dtype: torch.dtype, device: torch.device) -> tuple[Layout, Tensor]:
     """K states with the same roles and sites -> their layout and a new (K, P) tensor that holds copies, padded with zeros."""
     own = [{(role, site): tuple(x.shape) for role, group in s.items() for site, x in group.items()} for s in states]
     shapes = {leaf: _largest([o[leaf] for o in own]) for leaf in sorted(own[0])}
@@ -80,7 +80,7 @@ def pad_stack(tensors: Sequence[Tensor], shape: tuple[int, ...] | None = None) -
 
 
 class AdapterStack:
-    """The stacked A (K, r, in) and B (K, out, r) of every site, as a method's `adapter` makes them from what is trained.
+    """The stacked A (K, r, in), B (K, out, r) and gate (K, parts, in) of every site, as a work's `adapter` makes them.
 
     Where `adapter` hands back the very tensor that it was given, for every client, the stack itself is the answer from then on
     and no Python runs per client; what it makes from `fixed` alone is stacked once. The rest is computed at each step.
@@ -97,52 +97,59 @@ class AdapterStack:
         self._layout = layout
         self._fixed = fixed
         self._shortcut = shortcut
-        self._leaves: list[dict[str, Leaf]] | None = None  # for A and for B: site -> the leaf that it is
-        self._constants: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        # Site -> the largest shape over all clients, those that will have finished too: A's rank must stay that of B.
-        self._computed: tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]] = ({}, {})
+        self._sources: list[_Sources] | None = None  # of A, B and gate
 
-    def __call__(self, leaf: Tensor, dtype: torch.dtype) -> tuple[Group, Group, Views]:
-        """A, B and the stacked leaves in `dtype`, from the `leaf` (K, P) of the first K clients: one cast for all of them."""
+    def __call__(self, leaf: Tensor, dtype: torch.dtype) -> tuple[Factors, Views]:
+        """The factors and the stacked leaves in `dtype`, from the `leaf` (K, P) of the first K clients: one cast for all."""
         K = leaf.shape[0]
         low = self._layout.views(leaf.to(dtype))
-        states: list[State] | None = None
-        if self._leaves is None or any(self._computed):
+        made: list[tuple[Group, Group, Group]] = []
+        if self._sources is None or any(x.computed for x in self._sources):
             states = self._layout.states(self._layout.views(leaf), K)
-            factors = [
-                adapter(state, fixed)
-                for adapter, state, fixed in zip(self._adapters, states, self._fixed, strict=False)
-            ]
-            made = [(f.A, f.B) for f in factors]
-        if self._leaves is None:
-            assert states is not None
-            self._resolve(made, states, dtype)
-        assert self._leaves is not None
-        result: tuple[Group, Group] = ({}, {})
-        for i in (0, 1):
-            result[i].update({site: low[source] for site, source in self._leaves[i].items()})
-            result[i].update({site: constant[:K] for site, constant in self._constants[i].items()})
-            for site, shape in self._computed[i].items():
-                result[i][site] = pad_stack([pair[i][site] for pair in made], shape).to(dtype)
-        return (*result, low)
+            for adapter, state, fixed in zip(self._adapters, states, self._fixed, strict=False):
+                factors = adapter(state, fixed)
+                made.append((factors.A, factors.B, factors.gate or {}))
+            if self._sources is None:
+                self._sources = [self._sorted([x[i] for x in made], states, dtype) for i in range(3)]
+        result: list[Group] = []
+        for i, sources in enumerate(self._sources):
+            group = {site: low[leaf_of] for site, leaf_of in sources.leaves.items()}
+            group |= {site: constant[:K] for site, constant in sources.constants.items()}
+            for site, shape in sources.computed.items():
+                group[site] = pad_stack([x[i][site] for x in made], shape).to(dtype)
+            result.append(group)
+        A, B, gate = result
+        return Factors(A, B, gate or None), low
 
-    def _resolve(self, made: Sequence[tuple[Group, Group]], states: Sequence[State], dtype: torch.dtype) -> None:
-        """Sort the factors into leaves handed back, constants, and those to compute at each step."""
+    def _sorted(self, made: Sequence[Group], states: Sequence[State], dtype: torch.dtype) -> _Sources:
+        """Sort each client's factors by site into leaves handed back, constants, and those to compute at each step."""
         names = [
             {id(x): (role, site) for role, group in state.items() for site, x in group.items()} for state in states
         ]
-        self._leaves = [{}, {}]
-        for i in (0, 1):
-            for site in made[0][i]:
-                tensors = [pair[i][site] for pair in made]
-                sources = {names[k].get(id(x)) for k, x in enumerate(tensors)}
-                source = next(iter(sources))
-                if self._shortcut and len(sources) == 1 and source is not None:
-                    self._leaves[i][site] = source
-                elif not any(x.requires_grad for x in tensors):
-                    self._constants[i][site] = pad_stack(tensors).to(dtype)
-                else:
-                    self._computed[i][site] = _largest([tuple(x.shape) for x in tensors])
+        found = _Sources()
+        for site in made[0]:
+            tensors = [group[site] for group in made]
+            sources = {names[k].get(id(x)) for k, x in enumerate(tensors)}
+            source = next(iter(sources))
+            if self._shortcut and len(sources) == 1 and source is not None:
+                found.leaves[site] = source
+            elif not any(x.requires_grad for x in tensors):
+                found.constants[site] = pad_stack(tensors).to(dtype)
+            else:
+                found.computed[site] = _largest([tuple(x.shape) for x in tensors])
+        return found
+
+
+@dataclass
+class _Sources:
+    """Where the factors of each site come from: one of the three."""
+
+    leaves: dict[str, Leaf] = field(default_factory=dict)
+    """Site -> the leaf that it is."""
+    constants: Group = field(default_factory=dict)
+    """Site -> the stack of what does not depend on what is trained."""
+    computed: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Site -> the largest shape over all clients, those that will have finished too: A's rank must stay that of B."""
 
 
 def _largest(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from fedloom.train.packing import Packing
+from fedloom.train.kernels.packing import Packing
 
 PACKED = "fedloom_packed"
 """The name under which transformers finds `attend`."""
@@ -42,8 +43,8 @@ def choose(device: torch.device, dtype: torch.dtype, length: int) -> AttentionNa
 
 
 class _Spread(torch.autograd.Function):
-    """Query (1, heads, N, d), key and value (1, heads / shared, N, d) -> (3, M, d): of each the vectors of every bucket's
-    (R, heads, L'), end to end.
+    """Gather queries (1, heads, N, d), keys and values (1, heads / shared, N, d) into padded buckets: (3, M, d), of each the
+    vectors of every bucket's (R, heads, L'), end to end.
 
     Padding holds some vector of its row, so its gradient must be zero. With `_Collect`, each the other's gradient and both
     plain gathers: no scatter, so that results do not depend on threads.
@@ -167,4 +168,7 @@ def _few(dtype: torch.dtype, scores: int) -> bool:
     return dtype == torch.bfloat16 and scores <= 1 << 16
 
 
-AttentionInterface.register(PACKED, attend)  # needs no mask function: the packing holds what is masked
+@cache
+def register() -> None:
+    """Let transformers find `attend`: once per process, in its global table, when a model first trains on packed rows."""
+    AttentionInterface.register(PACKED, attend)  # needs no mask function: the packing holds what is masked

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedloom.train.attention import plain
+from fedloom.train.kernels.packed_attention import plain
 
 HEADS, L, D = 3, 7, 4
 
