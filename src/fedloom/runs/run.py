@@ -18,7 +18,7 @@ from fedloom.client import Failure
 from fedloom.data import partition
 from fedloom.engine import Engine, Job, Total
 from fedloom.flower.transport import Transport
-from fedloom.loop import Record, federate, in_order
+from fedloom.loop import Limits, Record, federate, in_order
 from fedloom.runs import evaluate, export, flower_server, radio_cost
 from fedloom.runs.config import RunConfig
 from fedloom.runs.experiment import Experiment, experiment
@@ -177,8 +177,8 @@ class _Run:
             self.rounds,
             start=t + 1,
             sample=flower_server.sampler(e),
-            max_norm=c.clients.max_norm,
-            quorum=c.engine.quorum,
+            limits=Limits(c.clients.max_norm, c.clients.max_ratio, c.engine.quorum),
+            recent_steps=[r["report"]["step_norm"] for r in records if "step_norm" in r["report"]],
             on_round=self._after,
         )
         if e.method.personal_phase:
