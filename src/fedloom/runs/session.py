@@ -156,7 +156,8 @@ class _Session:
         self.rounds = parts.config.train.rounds
         self._trained = 0
         self._personal = parts.method.personal
-        self.network = radio_cost.plan(parts) if parts.config.network is not None else None
+        ids = [client.id for client in parts.clients]
+        self.network = radio_cost.plan(parts.config, ids) if parts.config.network is not None else None
 
     def _progress(self, count: int) -> None:
         self._trained += count
