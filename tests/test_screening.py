@@ -129,7 +129,7 @@ def test_what_is_not_finite_is_never_the_next_state() -> None:
         at.attack = ATTACKS["3e38"]
         method = case.method()
         state = start(method)
-        with pytest.raises(RoundError, match="round .*checkpoint of round"):
+        with pytest.raises(RoundError, match=r"round .*checkpoint of round"):
             for t in range(1, 4):
                 state, _ = one_round(method, at, state, case.clients(), t, limits=Limits(max_ratio=None))
         assert set(EXAMPLES) == {client.id for client in case.clients()}

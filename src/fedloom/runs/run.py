@@ -147,7 +147,7 @@ class _Run:
             self.engine, e = flower_server.coordinator(transport, run, e, here, observer.doing)
         self.e = e
         self.rounds = e.config.train.rounds
-        self.radio = radio_cost.plan(e) if e.config.network is not None else None
+        self.radio = radio_cost.plan(e.config, [c.id for c in e.clients]) if e.config.network is not None else None
         self._trained = 0
         self._personal = e.method.personal_models
 
