@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import fedloom
-from fedloom.data.text import collate
-from fedloom.errors import ConfigError, DataError, ModelError, RoundError, RunError
 from fedloom.core import Work
+from fedloom.data.batches import collate
+from fedloom.errors import ConfigError, DataError, ModelError, RoundError, RunError
 from fedloom.runs import export, finished
 from fedloom.runs.experiment import Experiment, experiment
 
@@ -148,7 +148,8 @@ def test_server_proxy_trains_on_the_server_alone(settings: Settings, questions: 
     )
     result = fedloom.run(config, tmp_path / "run")
     assert [r["clients"] for r in result.rounds][2] == ["server"]
-    assert result.rounds[2]["bytes_up"].keys() == {"turn"}
+    assert result.rounds[2]["stage"] == "server" and result.rounds[2]["train_loss"] > 0
+    assert result.rounds[2]["bytes_up"] == result.rounds[2]["bytes_down"] == {}, "nothing crosses"
     config["task"].pop("proxy_data")
     with pytest.raises(ConfigError, match="proxy_data"):
         fedloom.run(config, tmp_path / "other")
