@@ -112,6 +112,17 @@ def controlled(client: Client, t: int, received: State) -> tuple[int, int]:
     return 2 * down + HEAD_BYTES, 2 * up + HEAD_BYTES
 
 
+def alternating(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Both factors down; up B in odd rounds and A in even ones."""
+    return factors(client, t, received)[0], 4 * client.rank * (OUTS if t % 2 else INS)
+
+
+def turned(client: Client, t: int, received: State) -> tuple[int, int]:
+    """B both ways; down the (r, r) turn of A and the seed of its basis."""
+    up = 4 * client.rank * OUTS
+    return up + len(SITES) * 4 * client.rank**2 + 8, up
+
+
 @dataclass(frozen=True)
 class Case:
     """A method's table, the clients' budgets where they are not full, and what tests must know of it."""
@@ -204,9 +215,7 @@ CASES = [
         _of("fedlora_optimizer", average="factors", convention="row"),
         payload=turns,
     ),
-    Case(
-        "fedlora_optimizer, rank", _of("fedlora_optimizer", convention="rank", lambda_global=0.1), payload=turns
-    ),
+    Case("fedlora_optimizer, rank", _of("fedlora_optimizer", convention="rank", lambda_global=0.1), payload=turns),
     Case(
         "fedlora_optimizer, feature, no turns",
         _of("fedlora_optimizer", convention="feature", global_phase="none", renorm_after_average=False),
@@ -229,6 +238,8 @@ CASES = [
         KEEPS,
         kept_part(16),
     ),
+    # alternation and alignment
+    Case("rolora", _of("rolora"), payload=alternating),
 ]
 """Every method, each of its options at least once, and the compositions."""
 
@@ -325,9 +336,7 @@ class ToyTrainer:
         error: Tensor = (x @ head["head.weight"].to(dtype).T + head["head.bias"].to(dtype) - y).square().mean()
         return error
 
-    def fit(
-        self, works: Sequence[tuple[Client, Work]], data: Sequence[Rows], t: int, part: int = 0
-    ) -> list[Trained]:
+    def fit(self, works: Sequence[tuple[Client, Work]], data: Sequence[Rows], t: int, part: int = 0) -> list[Trained]:
         """Train each client's work on its data."""
         self.passes.append((t, part, tuple(client.id for client, _ in works)))
         return [self._one(client, work, rows, t, part) for (client, work), rows in zip(works, data, strict=True)]
@@ -377,7 +386,9 @@ class _ShuffledVisits(LocalVisits[Rows]):
         yield from (results[i] for i in order)
 
 
-def engine(trainer: ToyTrainer | None = None, kind: type[Simulation[Rows]] = Simulation, **options: Any) -> Simulation[Rows]:
+def engine(
+    trainer: ToyTrainer | None = None, kind: type[Simulation[Rows]] = Simulation, **options: Any
+) -> Simulation[Rows]:
     """The simulator on the toy, in cohorts of 3, with the server's own data."""
     given = {"cohort": 3, "fresh": {"head": first_head()}, "proxy": SERVER, "secret": 0} | options
     return kind(trainer or ToyTrainer(), SITES, rows, **given)

@@ -28,6 +28,7 @@ _KNOWN = {
     "fedadagrad": "fedopt:FedAdagrad",
     "fedadam": "fedopt:FedAdam",
     "fedyogi": "fedopt:FedYogi",
+    "rolora": "rolora:RoLoRA",
 }
 
 
