@@ -240,6 +240,9 @@ CASES = [
     ),
     # alternation and alignment
     Case("rolora", _of("rolora"), payload=alternating),
+    Case("fedrot_lora", _of("fedrot_lora")),
+    Case("fedrot_lora, hard", _of("fedrot_lora", rotation=1.0)),
+    Case("fedrot_lora, A alone", _of("fedrot_lora", align="A")),
 ]
 """Every method, each of its options at least once, and the compositions."""
 

@@ -29,6 +29,7 @@ _KNOWN = {
     "fedadam": "fedopt:FedAdam",
     "fedyogi": "fedopt:FedYogi",
     "rolora": "rolora:RoLoRA",
+    "fedrot_lora": "fedrot_lora:FedRotLoRA",
 }
 
 
