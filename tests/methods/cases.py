@@ -243,6 +243,7 @@ CASES = [
     Case("fedrot_lora", _of("fedrot_lora")),
     Case("fedrot_lora, hard", _of("fedrot_lora", rotation=1.0)),
     Case("fedrot_lora, A alone", _of("fedrot_lora", align="A")),
+    Case("lora_fair", _of("lora_fair", weight=0.001)),
 ]
 """Every method, each of its options at least once, and the compositions."""
 

@@ -30,6 +30,7 @@ _KNOWN = {
     "fedyogi": "fedopt:FedYogi",
     "rolora": "rolora:RoLoRA",
     "fedrot_lora": "fedrot_lora:FedRotLoRA",
+    "lora_fair": "lora_fair:LoRAFAIR",
 }
 
 
