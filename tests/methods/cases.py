@@ -244,6 +244,8 @@ CASES = [
     Case("fedrot_lora, hard", _of("fedrot_lora", rotation=1.0)),
     Case("fedrot_lora, A alone", _of("fedrot_lora", align="A")),
     Case("lora_fair", _of("lora_fair", weight=0.001)),
+    Case("fedsvd", _of("fedsvd"), payload=turned),
+    Case("fedsvd, orthonormal, every second round", _of("fedsvd", a_init="orthonormal", every=2), payload=turned),
 ]
 """Every method, each of its options at least once, and the compositions."""
 

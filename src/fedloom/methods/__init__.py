@@ -31,6 +31,7 @@ _KNOWN = {
     "rolora": "rolora:RoLoRA",
     "fedrot_lora": "fedrot_lora:FedRotLoRA",
     "lora_fair": "lora_fair:LoRAFAIR",
+    "fedsvd": "fedsvd:FedSVD",
 }
 
 
