@@ -123,6 +123,40 @@ def turned(client: Client, t: int, received: State) -> tuple[int, int]:
     return up + len(SITES) * 4 * client.rank**2 + 8, up
 
 
+def seeded_cores(client: Client, t: int, received: State) -> tuple[int, int]:
+    """The (r, r) cores both ways, and the seed of their bases down."""
+    n = len(SITES) * 4 * client.rank**2
+    return n + 8, n
+
+
+def cores(client: Client, t: int, received: State) -> tuple[int, int]:
+    """The cores both ways and their bases down; in round 1 a start from a seed, and the dense gradient up, besides."""
+    n = len(SITES) * 4 * client.rank**2
+    bases = factors(client, t, received)[0]
+    return (n + bases, n) if t > 1 else (2 * n + bases + 8, n + sum(4 * m * n for m, n in SITES.values()))
+
+
+def heads(count: int) -> Payload:
+    """All heads and a seed down; those that the client's rank pays for up, and which they are."""
+
+    def payload(client: Client, t: int, received: State) -> tuple[int, int]:
+        one, mine = 4 * (RANK // count) ** 2, max(1, client.rank * count // RANK)
+        return len(SITES) * count * one + 8, len(SITES) * mine * (one + 8)
+
+    return payload
+
+
+def sketched(more: int) -> Payload:
+    """Factors, a seed and Q down, Y and Z up."""
+
+    def payload(client: Client, t: int, received: State) -> tuple[int, int]:
+        width = {site: min(client.rank + more, *shape) for site, shape in SITES.items()}
+        Y, Z = (sum(4 * SITES[site][side] * q for site, q in width.items()) for side in (0, 1))
+        return factors(client, t, received)[0] + 8 + Y, Y + Z
+
+    return payload
+
+
 @dataclass(frozen=True)
 class Case:
     """A method's table, the clients' budgets where they are not full, and what tests must know of it."""
@@ -246,6 +280,9 @@ CASES = [
     Case("lora_fair", _of("lora_fair", weight=0.001)),
     Case("fedsvd", _of("fedsvd"), payload=turned),
     Case("fedsvd, orthonormal, every second round", _of("fedsvd", a_init="orthonormal", every=2), payload=turned),
+    # small cores
+    Case("fed_sb", _of("fed_sb"), payload=cores),
+    Case("fed_sb, seed", _of("fed_sb", start="seed"), payload=seeded_cores),
 ]
 """Every method, each of its options at least once, and the compositions."""
 

@@ -32,6 +32,7 @@ _KNOWN = {
     "fedrot_lora": "fedrot_lora:FedRotLoRA",
     "lora_fair": "lora_fair:LoRAFAIR",
     "fedsvd": "fedsvd:FedSVD",
+    "fed_sb": "fed_sb:FedSB",
 }
 
 
