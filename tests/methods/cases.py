@@ -283,6 +283,9 @@ CASES = [
     # small cores
     Case("fed_sb", _of("fed_sb"), payload=cores),
     Case("fed_sb, seed", _of("fed_sb", start="seed"), payload=seeded_cores),
+    Case("ravan", _of("ravan"), MIXED, payload=heads(4)),
+    Case("ravan, random", _of("ravan", choose="random", bases="normal", heads=2), MIXED, payload=heads(2)),
+    Case("ravan, gradient", _of("ravan", choose="gradient"), MIXED, payload=heads(4), one_phase=False),
 ]
 """Every method, each of its options at least once, and the compositions."""
 

@@ -33,6 +33,7 @@ _KNOWN = {
     "lora_fair": "lora_fair:LoRAFAIR",
     "fedsvd": "fedsvd:FedSVD",
     "fed_sb": "fed_sb:FedSB",
+    "ravan": "ravan:Ravan",
 }
 
 
