@@ -286,6 +286,8 @@ CASES = [
     Case("ravan", _of("ravan"), MIXED, payload=heads(4)),
     Case("ravan, random", _of("ravan", choose="random", bases="normal", heads=2), MIXED, payload=heads(2)),
     Case("ravan, gradient", _of("ravan", choose="gradient"), MIXED, payload=heads(4), one_phase=False),
+    Case("fedask", _of("fedask"), payload=sketched(0)),
+    Case("fedask, B alone, oversampled", _of("fedask", train="B", oversample=1), payload=sketched(1)),
 ]
 """Every method, each of its options at least once, and the compositions."""
 

@@ -34,6 +34,7 @@ _KNOWN = {
     "fedsvd": "fedsvd:FedSVD",
     "fed_sb": "fed_sb:FedSB",
     "ravan": "ravan:Ravan",
+    "fedask": "fedask:FedASK",
 }
 
 
