@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from fedloom.accounting import Bytes
 
 from fedloom import lora
-from fedloom.accounting import Bytes
 from fedloom.core import Client, Failure, Job, Method, State, Upload
 from fedloom.errors import RoundError
 from fedloom.loop import Record, everyone, federate, in_order, one_round, some
