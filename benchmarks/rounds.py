@@ -18,7 +18,7 @@ from fedloom.runs.session import _Timed
 from machine import describe
 
 from fedloom import checkpoint, methods
-from fedloom.checkpoint import Kept
+from fedloom.checkpoint import ClientStates
 from fedloom.loop import one_round
 from fedloom.runs.config import parse
 

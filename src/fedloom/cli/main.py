@@ -65,7 +65,17 @@ def run(
 
 
 @app.command()
-def resume(path: RunPath) -> None:
+def resume(
+    path: RunPath,
+    round_: Annotated[
+        int | None,
+        typer.Option("--round", metavar="N", help="Go back to an earlier round that is kept (run.keep_checkpoints)."),
+    ] = None,
+    accept_changes: Annotated[
+        bool,
+        typer.Option("--accept-changes", help="Go on though data, model or run file changed; the manifest says so."),
+    ] = False,
+) -> None:
     """Go on with a run after a crash or Ctrl-C. It ends with the same bytes as if it had never stopped.
 
     Example: fedloom resume runs/fslora-trec
@@ -75,7 +85,7 @@ def resume(path: RunPath) -> None:
     from fedloom.runs import run as runs
 
     with resumable(path), Terminal(out) as terminal:
-        result = runs.resume(path, terminal)
+        result = runs.resume(path, terminal, accept_changes=accept_changes, back_to=round_)
     finished(result, path / "run.toml")
 
 
