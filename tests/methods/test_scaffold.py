@@ -158,7 +158,7 @@ def test_a_round_without_a_learning_rate_moves_nothing() -> None:
     assert all((x == 0).all() for role in ROLES for x in state["c_" + role].values())
 
 
-@pytest.mark.parametrize("over", ["hetlora", "fslora", "flexlora", "ffa_lora"])
+@pytest.mark.parametrize("over", ["fslora", "flexlora", "ffa_lora"])
 def test_clients_of_different_ranks_are_refused(over: str) -> None:
     method = build({"name": "scaffold", "over": {"name": over}}, {"rank": 4})
     method.check(Client("a", 1, 4))

@@ -19,7 +19,7 @@ from fedloom import lora
 from fedloom.client import BUDGETS, whole_budget
 from fedloom.core import Averaged, Client, Exchange, Round, Trained, Upload, Visit, Work
 from fedloom.errors import ConfigError
-from fedloom.flows import Over, relay
+from fedloom.flows import Over, need_fixed_sizes, relay
 from fedloom.spec import like
 from fedloom.state import State, only, zeros_like
 
@@ -34,6 +34,10 @@ class Scaffold(Over):
     name: ClassVar[str] = "scaffold"
     paper: ClassVar[str] = "Karimireddy et al., SCAFFOLD, arXiv 1910.06378"
     adds: ClassVar[tuple[str, ...]] = ("c_",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        need_fixed_sizes(self)
 
     def check(self, client: Client) -> None:
         super().check(client)
