@@ -102,6 +102,17 @@ def test_wireless_stands_alone(path: Path) -> None:
             assert within(name, "fedloom.wireless", "fedloom.errors", "fedloom.toml"), name
 
 
+def test_rooms_of_the_planner_go_downwards() -> None:
+    above = [f"fedloom.wireless.{name}" for name in ("diagnosis", "allocate", "replay", "show")]
+    below = {"system": ["fedloom.wireless.solvers", *above], "solvers": above, "": ["fedloom.wireless.show"]}
+    for room, forbidden in below.items():
+        found = sorted((SOURCE / "wireless" / room).glob("*.py"))
+        assert found, room
+        for path in found:
+            for name in ours(path):
+                assert not within(name, *forbidden), f"{path.name} imports {name}"
+
+
 @pytest.mark.parametrize(
     "statement, absent",
     [

@@ -94,10 +94,15 @@ class ClientsSection(_Section):
     """Cycled over the clients, or the file of an allocation."""
     max_norm: float | None = Field(None, gt=0)
     """Drop an upload whose norm is larger."""
+    max_ratio: float | None = Field(10.0, gt=1)
+    """Drop an upload that moves the model so many times as far as the median client's; 0 in the file stands for no bound."""
 
     @model_validator(mode="before")
     @classmethod
-    def _default_count(cls, values: Any) -> Any:
+    def _defaults(cls, values: Any) -> Any:
+        # TOML has no null: 0 says that there is no bound.
+        if isinstance(values, dict) and values.get("max_ratio") == 0:
+            values = {**values, "max_ratio": None}
         # by-field alone takes the number of clients from the data.
         if isinstance(values, dict) and values.get("partition") != "by-field":
             return {"count": 4} | values
@@ -205,6 +210,8 @@ class RunConfig(_Section):
         values = self.model_dump(exclude_none=True)
         if self.train.clip is None:
             values["train"]["clip"] = 0.0
+        if self.clients.max_ratio is None:
+            values["clients"]["max_ratio"] = 0.0
         return tomli_w.dumps(values)
 
 

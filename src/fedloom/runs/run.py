@@ -18,7 +18,7 @@ from fedloom.client import Failure
 from fedloom.data import partition
 from fedloom.engine import Engine, Job, Total
 from fedloom.flower.transport import Transport
-from fedloom.loop import Record, federate, in_order
+from fedloom.loop import Limits, Record, federate, in_order
 from fedloom.runs import evaluate, export, flower_server, radio_cost
 from fedloom.runs.config import RunConfig
 from fedloom.runs.experiment import Experiment, experiment
@@ -147,7 +147,7 @@ class _Run:
             self.engine, e = flower_server.coordinator(transport, run, e, here, observer.doing)
         self.e = e
         self.rounds = e.config.train.rounds
-        self.radio = radio_cost.plan(e) if e.config.network is not None else None
+        self.radio = radio_cost.plan(e.config, [c.id for c in e.clients]) if e.config.network is not None else None
         self._trained = 0
         self._personal = e.method.personal_models
 
@@ -177,8 +177,8 @@ class _Run:
             self.rounds,
             start=t + 1,
             sample=flower_server.sampler(e),
-            max_norm=c.clients.max_norm,
-            quorum=c.engine.quorum,
+            limits=Limits(c.clients.max_norm, c.clients.max_ratio, c.engine.quorum),
+            recent_steps=[r["report"]["step_norm"] for r in records if "step_norm" in r["report"]],
             on_round=self._after,
         )
         if e.method.personal_phase:
