@@ -78,7 +78,7 @@ def test_layers_go_downwards() -> None:
     below = {
         "train": fedloom_("engines", "cli", "runs", "api", "wireless"),
         "data": fedloom_("train", "engines", "cli", "runs", "api", "methods", "wireless"),
-        "models": fedloom_("engines", "cli", "runs", "api", "methods", "wireless"),
+        "models": fedloom_("train", "engines", "cli", "runs", "api", "methods", "wireless"),
         "engines": fedloom_("cli", "runs", "api", "wireless"),
         "runs": fedloom_("cli", "api"),
     }
