@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedloom.api import resume as resume
     from fedloom.api import run as run
     from fedloom.runs.config import RunConfig as RunConfig
-    from fedloom.runs.session import Result as Result
+    from fedloom.runs.run import Result as Result
 
 __all__ = ["Result", "RunConfig", "__version__", "load_config", "methods", "resume", "run"]
 
@@ -27,7 +27,7 @@ _WHERE = {
     "run": "fedloom.api",
     "resume": "fedloom.api",
     "RunConfig": "fedloom.runs.config",
-    "Result": "fedloom.runs.session",
+    "Result": "fedloom.runs.run",
 }
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from fedloom.data import hub
 from fedloom.runs import config as configs
-from fedloom.runs import session
+from fedloom.runs import run as runs
 from fedloom.runs.config import RunConfig
-from fedloom.runs.session import Observer, Result
+from fedloom.runs.run import Observer, Result
 
 
 def run(
@@ -31,7 +31,7 @@ def run(
         settings = configs.parse(config, "the run's configuration")
     else:
         settings = configs.load(Path(config))
-    return session.start(settings, None if out is None else Path(out), observer)
+    return runs.start(settings, None if out is None else Path(out), observer)
 
 
 def load_config(path: str | PathLike[str], overrides: Iterable[str] = ()) -> RunConfig:
@@ -42,4 +42,4 @@ def load_config(path: str | PathLike[str], overrides: Iterable[str] = ()) -> Run
 def resume(path: str | PathLike[str], observer: Observer | None = None) -> Result:
     """Go on with a run after a crash or an interruption."""
     hub.quiet()
-    return session.resume(Path(path), observer)
+    return runs.resume(Path(path), observer)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, NamedTuple, Self, TypeVar
+from typing import ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -76,6 +76,8 @@ class Work(Awaited["Trained"]):
     """Multiplies the run's learning rate."""
     steps: int | None = None
     """Local steps; None for the run's."""
+    optimizer: Literal["adamw", "sgd"] | None = None
+    """Local optimiser; None for the run's. With `sgd` and one step, what changed is lr times a gradient."""
     adapter: Callable[[State, State], Factors] = plain
     """(train, fixed) -> factors, differentiable in `train`."""
     penalties: tuple[Callable[[State, State], Tensor], ...] = ()

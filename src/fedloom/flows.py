@@ -10,8 +10,11 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from fedloom.client import check_range, whole_budget
-from fedloom.core import Client, Method, Round, Visit, Work
+from fedloom.core import Client, Exchange, Method, Round, Trained, Visit, Work
 from fedloom.errors import ConfigError
+from fedloom.fields import check_fields
+from fedloom.rng import generator
+from fedloom.spec import secret_sum_obstacle
 from fedloom.state import Sites, State
 
 T = TypeVar("T")
@@ -63,6 +66,7 @@ class Over(Method):
     adds: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self, self.name)
         below: Method = self.over
         while isinstance(below, Over):
             if clash := set(self.adds) & set(below.adds):
@@ -128,3 +132,81 @@ class Over(Method):
     async def personal(self, received: State, own: State, visit: Visit) -> State:
         visit = replace(visit, client=self.whole(visit.client))
         return self.mine(own) | await self.over.personal(received, self.inner(own), visit)
+
+
+def weighting(name: str, x: Exchange[Any]) -> Callable[[Client], float]:
+    """The weights of an exchange: `uniform`, `examples`, or `auto` for its own."""
+    return {"uniform": lambda client: 1.0, "examples": lambda client: float(client.examples)}.get(name, x.weight)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """One client's part in one round of a method, on two small layers, with training that changes nothing."""
+
+    exchange: Exchange[Any]
+    received: State
+    work: Work | None
+    """The first work of the visit."""
+    sent: State
+    kept: State
+
+
+_STAGE: Sites = {"first": (5, 7), "second": (6, 5)}
+
+
+def rehearse(method: Method, client: Client, t: int) -> Rehearsal | None:
+    """What a method does with a client in round t, up to its first exchange; None if it has no exchange in that round.
+
+    Wrappers ask so that a composition that cannot work is refused when it is named, whatever method it is over.
+    """
+    state = method.init(_STAGE, generator("rehearsal"))
+    server = method.server(state, Round(t, (client,), 1, _STAGE))
+    try:
+        exchange = server.send(None)
+        if not isinstance(exchange, Exchange):
+            return None
+        received = exchange.send(client)
+        flow = method.client(received, {}, Visit(t, client, _STAGE, generator("rehearsal")))
+        first: Work | None = None
+        asked: Any = flow.send(None)
+        while isinstance(asked, Work):
+            first = first or asked
+            asked = flow.send(Trained(asked.train, steps=1, lr_sum=1.0, loss=0.0))
+        flow.close()
+        return Rehearsal(exchange, received, first, asked.state, {})
+    except StopIteration as stop:
+        sent, kept = stop.value
+        return Rehearsal(exchange, received, first, sent, kept)
+    finally:
+        server.close()
+
+
+def need_factors(wrapper: Over, what: str) -> None:
+    """Raise ConfigError unless the method under a wrapper sends A and B whole, both ways, and keeps nothing with clients.
+
+    `what` says in a few words what the wrapper takes of the factors.
+    """
+    over = wrapper.over
+    whole = Client("rehearsal", 1, over.rank)
+    factors = {
+        "A": {site: (over.rank, n) for site, (_, n) in _STAGE.items()},
+        "B": {site: (m, over.rank) for site, (m, _) in _STAGE.items()},
+    }
+    for t in (1, 2):
+        seen = rehearse(over, whole, t)
+        if seen is None:
+            continue
+        for where, state in (("sends to", seen.received), ("gets back from", seen.sent)):
+            for role, shapes in factors.items():
+                if {site: tuple(x.shape) for site, x in state.get(role, {}).items()} != shapes:
+                    raise ConfigError(
+                        f"{wrapper.name} cannot go over {over.name}: {what} needs both factors whole, and what {over.name} "
+                        f"{where} clients in round {t} has {', '.join(state) or 'nothing'}: choose another [method.over]"
+                    )
+        if why := secret_sum_obstacle(seen.exchange.expects(whole, seen.received)):
+            raise ConfigError(f"{wrapper.name} cannot go over {over.name}: {why}: choose another [method.over]")
+        if seen.kept:
+            raise ConfigError(
+                f"{wrapper.name} cannot go over {over.name}: it keeps {', '.join(seen.kept)} with the client, and {what} is "
+                "another one every round: choose another [method.over]"
+            )

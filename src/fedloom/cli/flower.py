@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fedloom.cli import show
 from fedloom.errors import ConfigError, RunError
 
 RunFile = Annotated[Path, typer.Argument(metavar="FILE.toml", help="The run file.")]
@@ -30,10 +30,10 @@ def serve(
 
     Example: fedloom serve run.toml --root-certificates ca.crt --clients 2 --out runs/two-sites
     """
-    from fedloom.cli import main as commands
     from fedloom.cli.terminal import Terminal
     from fedloom.data import hub
-    from fedloom.runs import config, session
+    from fedloom.runs import config
+    from fedloom.runs import run as runs
 
     hub.quiet()
     values = config.override(config.read_toml(file), set_ or [])
@@ -46,10 +46,10 @@ def serve(
     if clients is not None:
         values.setdefault("clients", {})["count"] = clients
     settings = config.parse(values, str(file))
-    path = out if out is not None else session.free_name(settings)
-    with commands.resumable(path), Terminal(commands.out) as terminal:
-        result = session.start(settings, path, terminal)
-    commands.finished(result, result.path / "run.toml")
+    path = out if out is not None else runs.free_name(settings)
+    with show.resumable(path), Terminal(show.out) as terminal:
+        result = runs.start(settings, path, terminal)
+    show.finished(result, result.path / "run.toml")
 
 
 def node(
@@ -74,10 +74,11 @@ def node(
     Example: fedloom node run.toml --data local.jsonl --id north --rank 4
     """
     from fedloom.data import load
+    from fedloom.flower.answers import is_client_id
     from fedloom.runs import config
-    from fedloom.runs import node as nodes
+    from fedloom.runs import flower_node as nodes
 
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", id_):
+    if not is_client_id(id_):
         raise ConfigError(f"--id is {id_!r}, expected letters, digits, dots, dashes and underscores")
     values = config.override(config.read_toml(file), set_ or [])
     values.setdefault("task", {})["data"] = data
@@ -87,6 +88,6 @@ def node(
     settings = config.parse(values, str(file))
     load.load(data)  # what is wrong with the file is told here, to who can mend it
     try:
-        nodes.serve(nodes.site(settings, id_, folder.resolve()), socket.resolve(), settings.engine.threads)
+        nodes.serve(nodes.remote_node(settings, id_, folder.resolve()), socket.resolve(), settings.engine.threads)
     except OSError as error:
         raise RunError(f"cannot listen at {socket}: {error.strerror or error}") from None

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from click import ClickException
-from rich.console import Console
 
 from fedloom.cli import flower
+from fedloom.cli.show import err, finished, out, resumable, say
 from fedloom.errors import ConfigError, FedloomError
 
 app = typer.Typer(
@@ -25,9 +24,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
-
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 ClientOption = Annotated[str | None, typer.Option("--client", metavar="ID", help="That client's own model.")]
 
@@ -57,13 +53,14 @@ def run(
     """
     _quiet()
     from fedloom.cli.terminal import Terminal
-    from fedloom.runs import config, session
+    from fedloom.runs import config
+    from fedloom.runs import run as runs
 
     quickstart = Path(__file__).parent.parent / "quickstart.toml"
     settings = config.load(file if file is not None else quickstart, set_ or [])
-    path = out_ if out_ is not None else session.free_name(settings)
+    path = out_ if out_ is not None else runs.free_name(settings)
     with resumable(path), Terminal(out) as terminal:
-        result = session.start(settings, path, terminal)
+        result = runs.start(settings, path, terminal)
     finished(result, file or "")
 
 
@@ -75,33 +72,11 @@ def resume(path: RunPath) -> None:
     """
     _quiet()
     from fedloom.cli.terminal import Terminal
-    from fedloom.runs import session
+    from fedloom.runs import run as runs
 
     with resumable(path), Terminal(out) as terminal:
-        result = session.resume(path, terminal)
+        result = runs.resume(path, terminal)
     finished(result, path / "run.toml")
-
-
-@contextmanager
-def resumable(path: Path) -> Iterator[None]:
-    """Say how to go on when Ctrl-C ends the block."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if (path / "run.toml").exists():
-            err.print(f"interrupted; go on with: fedloom resume {path}", soft_wrap=True)
-        raise
-
-
-def finished(result: Any, file: Path | str) -> None:
-    """What came of a run. `file` is its run file, "" the quickstart's."""
-    again = f"fedloom run {file}".rstrip()
-    scores = ", ".join(f"{name} {value:.4f}" for name, value in result.eval.items())
-    out.print(f"\nheld-out {scores}" if scores else "")
-    out.print(f"adapter: {result.adapter_dir}", soft_wrap=True)
-    out.print(f"next:    fedloom evaluate {result.path}", soft_wrap=True)
-    out.print(f"         fedloom export {result.path} my-adapter [--merge]", soft_wrap=True)
-    out.print(f"         {again} --set method.name=fedit   (fedloom methods lists the others)", soft_wrap=True)
 
 
 @app.command()
@@ -111,9 +86,9 @@ def evaluate(path: RunPath, client: ClientOption = None) -> None:
     Example: fedloom evaluate runs/fslora-trec
     """
     _quiet()
-    from fedloom.runs import inspect
+    from fedloom.runs import finished as saved
 
-    for name, value in inspect.evaluate_saved(path, client).items():
+    for name, value in saved.evaluate_saved(path, client).items():
         out.print(f"{name} {value:.6f}")
 
 
@@ -129,10 +104,10 @@ def export(
     Example: fedloom export runs/fslora-trec my-model --merge
     """
     _quiet()
-    from fedloom.runs import inspect
+    from fedloom.runs import finished as saved
 
-    inspect.export_saved(path, dest, client, merge)
-    out.print(f"{'model' if merge else 'adapter'}: {dest}", soft_wrap=True)
+    saved.export_saved(path, dest, client, merge)
+    say(f"{'model' if merge else 'adapter'}: {dest}")
 
 
 @app.command()
@@ -166,22 +141,22 @@ def allocate(
     json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     out_: Annotated[Path | None, typer.Option("--out", metavar="FILE.json", help="For clients.keep of a run.")] = None,
     time_limit_s: Annotated[
-        float, typer.Option(metavar="S", help="Return the best found by then, with its gap.")
+        float, typer.Option(metavar="S", help="Return the best found by then, with its optimality gap.")
     ] = 60.0,
     sweep: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Draw the curves of the planner, PNG and CSV.")
+        Path | None, typer.Option(metavar="DIR", help="Draw what tighter limits cost this fleet, PNG and CSV.")
     ] = None,
     constants_from: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Take the bound's constants from a finished run.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of random devices and fading (default: the file's).")] = None,
 ) -> None:
-    """Choose dropout rates and radio resources under latency and energy limits.
+    """Choose per-device dropout rates and bandwidth allocation under latency and energy limits.
 
     Example: fedloom allocate fleet.toml --solver psca --out allocation.json
     """
     try:
-        from fedloom.wireless.command import allocate_command
+        from fedloom.wireless.show.command import allocate_command
     except ImportError as error:
         raise ConfigError(f"the planner is not installed ({error}): pip install 'fedloom[wireless]'") from None
     allocate_command(file, solver, json, out_, time_limit_s, sweep, constants_from, seed)
@@ -194,10 +169,10 @@ def verify(path: RunPath) -> None:
     Example: fedloom verify runs/fslora-trec
     """
     _quiet()
-    from fedloom.runs import inspect
+    from fedloom.runs import finished as saved
 
     wrong = 0
-    for name, expected, found in inspect.verify(path):
+    for name, expected, found in saved.verify(path):
         same = expected == found
         wrong += not same
         out.print(

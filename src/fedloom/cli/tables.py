@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -34,8 +34,8 @@ def print_methods(console: Console, name: str | None) -> None:
     for column in ("field", "default", "meaning"):
         table.add_column(column)
     meanings = _meanings(cls)
-    for f in fields(cls):
-        default = "" if f.default is MISSING else repr(f.default)
+    for f in fields(cast(Any, cls)):
+        default = ("fedit" if f.name == "over" else "") if f.default is MISSING else repr(f.default)
         table.add_row(f.name, default, meanings.get(f.name, ""))
     console.print()
     console.print(table, markup=False)

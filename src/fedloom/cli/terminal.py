@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
+from rich.text import Text
 
-from fedloom.runs.assemble import Parts
-from fedloom.runs.session import Observer
+from fedloom.runs.experiment import Experiment
+from fedloom.runs.run import Observer
 
 
 def size(n: int) -> str:
@@ -54,7 +55,7 @@ class Terminal(Observer):
     def doing(self, what: str) -> None:
         if self.live is None:
             return
-        spinner = Spinner("dots", what)
+        spinner = Spinner("dots", Text(what))
         if self.table is None:
             self.live.update(spinner)
             return
@@ -63,14 +64,15 @@ class Terminal(Observer):
         grid.add_row(spinner)
         self.live.update(grid)
 
-    def assembled(self, parts: Parts) -> None:
-        c, method = parts.config, parts.method
+    def assembled(self, experiment: Experiment) -> None:
+        c, method, parts = experiment.config, experiment.method, experiment
         trained = sum((m + n) * method.rank for m, n in parts.sites.values())
         head = sum(x.numel() for group in parts.head.values() for x in group.values())
         self.console.print(
-            f"[bold]{method.name}[/] on {c.task.data}: {len(parts.clients)} clients, "
-            f"{len(parts.train_rows)} training rows, {len(parts.eval_rows)} held out",
+            f"{method.name} on {c.task.data}: {len(parts.clients)} clients, "
+            f"{len(parts.rows.train)} training rows, {len(parts.rows.eval)} held out",
             highlight=False,
+            markup=False,
             soft_wrap=self.live is None,  # a line of a log is one line
         )
         self.console.print(
@@ -78,6 +80,7 @@ class Terminal(Observer):
             f"rank {method.rank} on {len(parts.sites)} layers: {trained:,} adapter parameters"
             + (f" and {head:,} of the head" if head else ""),
             highlight=False,
+            markup=False,
             soft_wrap=self.live is None,
         )
         self.metrics = ["loss", *(name for name in parts.tables.metrics if name != "loss")]
@@ -105,8 +108,9 @@ class Terminal(Observer):
             self.console.print(
                 f"round {label}: {named} training_loss {cells[-4]} up {cells[-3]} down {cells[-2]} seconds {cells[-1]}",
                 highlight=False,
+                markup=False,
                 soft_wrap=True,
             )
         for client, why in record["dropped"].items():
             told = f"round {label}: client {client} dropped: {why}"
-            self.console.print(told, style="yellow", highlight=False, soft_wrap=self.live is None)
+            self.console.print(told, style="yellow", highlight=False, markup=False, soft_wrap=self.live is None)

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import importlib
+import warnings
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 from fedloom.core import Method
 from fedloom.errors import ConfigError, nearest
 
 _KNOWN = {
-    "fedit": "FedIT",
-    "ffa_lora": "FFALoRA",
-    "fedsa_lora": "FedSALoRA",
-    "hetlora": "HetLoRA",
-    "flexlora": "FlexLoRA",
-    "fedex_lora": "FedExLoRA",
-    "fslora": "FSLoRA",
-    "fedlodrop": "FedLoDrop",
-    "fedlora_optimizer": "FedLoRAOptimizer",
+    "fedit": "fedit:FedIT",
+    "ffa_lora": "ffa_lora:FFALoRA",
+    "fedsa_lora": "fedsa_lora:FedSALoRA",
+    "hetlora": "hetlora:HetLoRA",
+    "flexlora": "flexlora:FlexLoRA",
+    "fedex_lora": "fedex_lora:FedExLoRA",
+    "fslora": "fslora:FSLoRA",
+    "fedlodrop": "fedlodrop:FedLoDrop",
+    "fedlora_optimizer": "fedlora_optimizer:FedLoRAOptimizer",
+    "feddpa": "feddpa:FedDPA",
+    "fedprox": "fedprox:FedProx",
+    "scaffold": "scaffold:Scaffold",
+    "fedavgm": "fedopt:FedAvgM",
+    "fedadagrad": "fedopt:FedAdagrad",
+    "fedadam": "fedopt:FedAdam",
+    "fedyogi": "fedopt:FedYogi",
+    "rolora": "rolora:RoLoRA",
+    "fedrot_lora": "fedrot_lora:FedRotLoRA",
+    "lora_fair": "lora_fair:LoRAFAIR",
+    "fedsvd": "fedsvd:FedSVD",
+    "fed_sb": "fed_sb:FedSB",
+    "ravan": "ravan:Ravan",
+    "fedask": "fedask:FedASK",
 }
 
 
@@ -34,12 +50,14 @@ def names() -> list[str]:
 def get(name: str) -> type[Method]:
     """The class of a method. Raises ConfigError naming the known ones.
 
-    >>> get("fslora")(rank=8).name
-    'fslora'
+    >>> get("fedit")(rank=8).name
+    'fedit'
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"method name is {name!r}, expected a text: one of {', '.join(_KNOWN)}")
     if name in _KNOWN:
-        module, attribute = f"fedloom.methods.{name}", _KNOWN[name]
-    elif ":" in name:
+        module, _, attribute = f"fedloom.methods.{_KNOWN[name]}".partition(":")
+    elif all(part.isidentifier() for part in name.replace(":", ".", 1).split(".")) and ":" in name:
         module, attribute = name.split(":", 1)
     else:
         raise ConfigError(
@@ -51,36 +69,55 @@ def get(name: str) -> type[Method]:
         raise ConfigError(
             f"method {name!r} cannot be imported ({error}); expected an importable 'module:Class'"
         ) from error
-    if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise ConfigError(f"{name!r} is not a Method: a method is a subclass of fedloom.core.Method")
+    if not (isinstance(cls, type) and issubclass(cls, Method)) or getattr(cls, "__abstractmethods__", None):
+        raise ConfigError(f"{name!r} is not a method: expected a subclass of fedloom.core.Method with all it needs")
     return cls
 
 
-def build(name: str, **values: Any) -> Method:
-    """A method from its name and fields. Raises ConfigError naming the fields it has."""
-    cls = get(name)
-    known = [f.name for f in fields(cls)]
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"method {name!r} has no field {key!r}{nearest(key, known)}; it has: {', '.join(known)}")
-    return cls(**values)
+def build(table: Mapping[str, Any], lora: Mapping[str, Any] | None = None, where: str = "method") -> Method:
+    """A method from its [method] table. `over` is a table too, to any depth; the innermost gets the values of [lora].
 
+    Raises ConfigError that names the table and the fields that it may have.
 
-def inner(method: Method, over: str) -> Method:
-    """The method that `method` puts its slices over; fields that both have (rank, alpha, weights) are the outer one's.
-
-    Raises ConfigError if that method takes no slices.
+    >>> build({"name": "fslora", "sketch": "balanced", "over": {"name": "fedex_lora"}}, {"rank": 4}).over.rank
+    4
     """
-    cls = get(over)
-    if not cls.sliceable:
-        raise ConfigError(
-            f"{method.name} cannot go over {over!r}, expected one of {', '.join(n for n in names() if get(n).sliceable)}"
+    values = dict(table)
+    if "name" not in values:
+        raise ConfigError(f"[{where}] has no name, expected one of {', '.join(_KNOWN)}")
+    name = values.pop("name")
+    try:
+        cls = get(name)
+    except ConfigError as error:
+        raise ConfigError(f"[{where}] {error}") from error
+    known = [f.name for f in fields(cast(Any, cls))]
+    shared = dict(lora or {})
+    for key in values:
+        if key in shared:
+            raise ConfigError(f"[{where}] sets {key}: set it in [lora], where every method finds it")
+        if key not in known:
+            raise ConfigError(
+                f"[{where}] {name} has no field {key!r}{nearest(key, known)}; it has: "
+                f"{', '.join(x for x in known if x not in shared) or 'none'}"
+            )
+    if "over" in known:
+        values["over"] = build(_table(values.get("over", {"name": "fedit"}), where), lora, f"{where}.over")
+    else:
+        values |= {key: value for key, value in shared.items() if key in known}
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"[{where}] {error}") from error
+
+
+def _table(over: object, where: str) -> Mapping[str, Any]:
+    if isinstance(over, str):
+        warnings.warn(
+            f'[{where}] over = "{over}" is the old form: write [{where}.over] with name = "{over}"',
+            DeprecationWarning,
+            stacklevel=3,
         )
-    outer = {f.name: getattr(method, f.name) for f in fields(method) if f.name != "over"}
-    return cls(**{f.name: outer[f.name] for f in fields(cls) if f.name in outer})
-
-
-def choice(method: str, field: str, got: str, *known: str) -> None:
-    """Raise ConfigError if a method's field is none of the values known."""
-    if got not in known:
-        raise ConfigError(f"{method}: {field} is {got!r}{nearest(got, known)}; expected one of {', '.join(known)}")
+        return {"name": over}
+    if not isinstance(over, Mapping):
+        raise ConfigError(f"[{where}] over is {over!r}, expected a table with a name: [{where}.over]")
+    return over

@@ -7,25 +7,25 @@ the product of the means is not the mean of the products: the error is sum_k p_k
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedloom import lora
-from fedloom.core import Client, Method, Sites, State, Upload, Work
+from fedloom.core import Mean, Round, Visit, Work
+from fedloom.methods.base import LoRA
+from fedloom.state import State, only
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedIT(Method):
+class FedIT(LoRA):
     """A <- sum_k p_k A_k, B <- sum_k p_k B_k with p_k = n_k / n."""
 
     name: ClassVar[str] = "fedit"
     paper: ClassVar[str] = "Zhang et al., Towards Building the Federated GPT, arXiv 2305.05644"
-    linear: ClassVar[bool] = True
-    sliceable: ClassVar[bool] = True
 
-    def prepare(self, received: State, kept: State, sites: Sites, client: Client, t: int) -> Work:
-        return Work(train=received, scale=lora.scale(self.alpha, self.rank, self.rslora))
+    async def server(self, state: State, round: Round) -> State:
+        mean = await Mean(send=lambda client: only(state, "A", "B", "head"))
+        return state | mean.state
 
-    def aggregate(self, state: State, uploads: Iterable[Upload]) -> State:
-        return state | lora.mean(uploads, "A", "B", "head")
+    async def client(self, received: State, own: State, visit: Visit) -> tuple[State, State]:
+        done = await Work(train=received, scale=self.scale)
+        return done.state, {}

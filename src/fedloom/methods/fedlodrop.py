@@ -9,67 +9,125 @@ and nothing is rescaled. A dropped entry gets no gradient, moment, decay or byte
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from fedloom import lora, slices
-from fedloom.core import Client, Group, Method, Sites, State, Upload, Work
+from fedloom.core import Averaged, Client, Exchange, Factors, Round, Visit, Work
 from fedloom.errors import ConfigError
-from fedloom.methods import choice, inner
+from fedloom.flows import Over, need_factors, relay, relay_works, weighting
+from fedloom.rng import generator, seed_of
+from fedloom.state import Sites, State, only, without, zeros_like
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedLoDrop(Method):
+class FedLoDrop(Over):
     """Sub-adapters by dropout of rows and columns; their average, with what was dropped filled in."""
 
-    law: str = "bernoulli"
+    law: Literal["bernoulli", "exact"] = "bernoulli"
     """`bernoulli`: independent entries; `exact`: n - floor((1 - keep) n) entries without replacement, as the official code."""
-    aggregation: str = "keep"
+    aggregation: Literal["keep", "zeros", "count"] = "keep"
     """What stands in for dropped entries in the average. The paper's rule was not seen. `keep` (10b): the
     server's own; `zeros` (10a): zero, which shrinks the adapter by about 1 - keep a round;
     `count` (10c): the mean of the clients that kept them."""
-    mode: str = "sub_adapter"
+    mode: Literal["sub_adapter", "official_code"] = "sub_adapter"
     """`sub_adapter`: dropped entries stay dropped; `official_code`: they start at zero, then train and travel like others."""
-    weights: str = "examples"
-    """`examples`: n_k / n, as in the analysis; `uniform`: 1/K, as the official code."""
-    over: str = "fedit"
-    """The method whose aggregate the sub-adapters enter."""
+    weights: Literal["auto", "examples", "uniform"] = "auto"
+    """`auto`: the rule of the method under it (n_k / n over fedit, as in the analysis); `uniform`: 1/K, as official code."""
 
     name: ClassVar[str] = "fedlodrop"
     paper: ClassVar[str] = "Xie et al., FedLoDrop: Federated LoRA with Dropout, arXiv 2510.12078"
-    budgets: ClassVar[frozenset[str]] = frozenset({"keep", "rank"})
-    sliceable: ClassVar[bool] = False
+    budgets: ClassVar[frozenset[str]] = frozenset({"keep"})
+    adds: ClassVar[tuple[str, ...]] = ("mask",)
 
     def __post_init__(self) -> None:
-        choice(self.name, "law", self.law, "bernoulli", "exact")
-        choice(self.name, "aggregation", self.aggregation, "keep", "zeros", "count")
-        choice(self.name, "mode", self.mode, "sub_adapter", "official_code")
-        choice(self.name, "weights", self.weights, "examples", "uniform")
-        budgets = self._inner.budgets  # which also refuses an `over` that takes no slices
-        if self.aggregation == "count" and "rank" in budgets:
+        super().__post_init__()
+        need_factors(self, "dropout of rows and columns")
+        if self.aggregation == "count" and "rank" in self.over.budgets:
             raise ConfigError(
-                f"fedlodrop: aggregation 'count' needs clients that hold every rank, which {self.over!r} does not give: "
-                "use aggregation = 'keep' or over = 'fedit'"
+                f"fedlodrop: aggregation 'count' needs clients that hold every rank, which {self.over.name} does not give: "
+                "use aggregation = 'keep' or another [method.over]"
             )
 
-    @cached_property
-    def _inner(self) -> Method:
-        return inner(self, self.over)
+    def init(self, sites: Sites, rng: torch.Generator) -> State:
+        seed = torch.randint(2**62, (1,), generator=rng)
+        return self.over.init(sites, rng) | {"mask": {"seed": seed}}
 
-    def check(self, client: Client) -> None:
-        Method.check(self, client)
-        self._inner.check(replace(client, keep=1.0))
+    async def server(self, state: State, round: Round) -> State:
+        def mask(client: Client) -> State:
+            seed = seed_of(int(state["mask"]["seed"]), round.t, client.id)
+            return {"mask": {"seed": torch.tensor([seed])}}
 
-    def _cuts(self, seed: int, sites: Sites, keep: float) -> slices.Cuts:
+        async def dropped(x: Exchange[Any]) -> Any:
+            def around(client: Client) -> tuple[State, slices.Cuts]:
+                whole = x.send(self.whole(client))
+                return whole, self._cuts(mask(client), lora.sites_of(whole), client.keep)
+
+            def send(client: Client) -> State:
+                whole, cuts = around(client)
+                sent = slices.take(whole, cuts)
+                return slices.put(_blank(whole), sent, cuts) if self.mode == "official_code" else sent | mask(client)
+
+            def lift(client: Client, upload: State) -> State:
+                whole, cuts = around(client)
+                full = slices.put(whole if self.aggregation == "keep" else _blank(whole), upload, cuts)
+                return x.lift(client, full)
+
+            x = replace(x, weight=weighting(self.weights, x))
+            if self.mode == "official_code":
+                return await replace(x, send=send)
+            if self.aggregation == "count":
+                return await _counted(replace(x, send=send), x.lift, around, state)
+            return await replace(x, send=send, lift=lift)
+
+        after = await relay(self.over.server(self.inner(state), round), dropped)
+        return after | only(state, "mask")
+
+    async def client(self, received: State, own: State, visit: Visit) -> tuple[State, State]:
+        inner = self.over.client(self.inner(received), self.inner(own), replace(visit, client=self.whole(visit.client)))
+        if visit.client.keep == 1.0 or self.mode == "official_code":
+            return await inner
+        cuts = self._cuts(received, visit.sites, visit.client.keep)
+        A, B = received["A"], received["B"]
+        scatter: State = {
+            "cols": {site: cut.cols for site, cut in cuts.items() if cut.cols is not None},
+            "rows": {site: cut.rows for site, cut in cuts.items() if cut.rows is not None},
+            "blank_A": {site: A[site].new_zeros(len(A[site]), n) for site, (_, n) in visit.sites.items()},
+            "blank_B": {site: B[site].new_zeros(m, B[site].shape[1]) for site, (m, _) in visit.sites.items()},
+        }
+
+        def at_full_size(work: Work) -> Work:
+            def adapter(train: State, fixed: State) -> Factors:
+                made = work.adapter(train, fixed)
+                return made._replace(
+                    A={s: fixed["blank_A"][s].index_copy(1, fixed["cols"][s], x) for s, x in made.A.items()},
+                    B={s: fixed["blank_B"][s].index_copy(0, fixed["rows"][s], x) for s, x in made.B.items()},
+                )
+
+            return replace(work, fixed=work.fixed | scatter, adapter=adapter)
+
+        return await relay_works(inner, at_full_size)
+
+    def spread(self, upload: State, received: State, visit: Visit) -> State:
+        inner_visit = replace(visit, client=self.whole(visit.client))
+        if self.mode == "official_code":
+            return self.over.spread(upload, self.inner(received), inner_visit)
+        # Spread at this wrapper's size first: the method under it knows whole rows and columns alone.
+        cuts = self._cuts(received, visit.sites, visit.client.keep)
+        wide = {
+            "A": {s: x.new_zeros(len(x), visit.sites[s][1]) for s, x in upload["A"].items()},
+            "B": {s: x.new_zeros(visit.sites[s][0], x.shape[1]) for s, x in upload["B"].items()},
+        }
+        return self.over.spread(slices.put(wide, upload, cuts), self.inner(received), inner_visit)
+
+    def _cuts(self, draw: State, sites: Sites, keep: float) -> slices.Cuts:
         """Site -> kept rows of B and columns of A: the same on both sides of the wire."""
         cuts = {}
         for site, (m, n) in sites.items():
-            rng = lora.generator(seed, site)
+            rng = generator(int(draw["mask"]["seed"]), site)
             if self.law == "exact":
                 rows, cols = (torch.randperm(d, generator=rng)[: d - int((1 - keep) * d + 1e-9)] for d in (m, n))
                 rows, cols = rows.sort().values, cols.sort().values
@@ -78,105 +136,53 @@ class FedLoDrop(Method):
             cuts[site] = slices.Cut(rows=rows, cols=cols)
         return cuts
 
-    # server
 
-    def init(self, sites: Sites, rng: torch.Generator) -> State:
-        seed = torch.randint(2**62, (1,), generator=rng)
-        return self._inner.init(sites, rng) | {"mask": {"seed": seed}}
-
-    def broadcast(self, state: State, client: Client, t: int) -> State:
-        seed = lora.seed_of(int(state["mask"]["seed"]), t, client.id)
-        whole = self._inner.broadcast(state, client, t)
-        cuts = self._cuts(seed, lora.sites_of(whole), client.keep)
-        sent = slices.take(whole, cuts)
-        if self.mode == "official_code":
-            return slices.put(_zeros(whole), sent, cuts)
-        return sent | {"mask": {"seed": torch.tensor([seed])}}
-
-    def expected(self, received: State, t: int) -> State:
-        return self._inner.expected(received, t)
-
-    def aggregate(self, state: State, uploads: Iterable[Upload]) -> State:
-        if self.aggregation == "count" and self.mode == "sub_adapter":
-            uploads = list(uploads)
-            state_of_kept = self._mean_of_kept(state, uploads)
-
-        def whole() -> Iterator[Upload]:
-            for upload in uploads:
-                full = upload.state
-                if self.mode == "sub_adapter":
-                    around = self._inner.broadcast(state, upload.client, upload.t)
-                    if self.aggregation == "zeros":
-                        around = _zeros(around)
-                    elif self.aggregation == "count":
-                        # An entry filled with the mean of those that kept it leaves that mean unchanged.
-                        around = around | state_of_kept
-                    cuts = self._cuts(int(full["mask"]["seed"]), lora.sites_of(around), upload.client.keep)
-                    full = slices.put(around, lora.without(full, "mask"), cuts)
-                client = replace(upload.client, examples=1) if self.weights == "uniform" else upload.client
-                yield replace(upload, client=client, state=full)
-
-        return self._inner.aggregate(state, whole())
-
-    def _mean_of_kept(self, state: State, uploads: Iterable[Upload]) -> State:
-        """sum_k w_k m_k x_k / sum_k w_k m_k per entry; the server's own where nobody kept it."""
-        sites = lora.sites_of(state)
-        blank = _zeros(lora.only(state, "A", "B"))
-        total, count = _zeros(blank), _zeros(blank)
-        for upload in uploads:
-            w = 1.0 if self.weights == "uniform" else float(upload.client.examples)
-            cuts = self._cuts(int(upload.state["mask"]["seed"]), sites, upload.client.keep)
-            part = lora.only(upload.state, "A", "B")
-            ones = {role: {site: torch.ones_like(x) for site, x in group.items()} for role, group in part.items()}
-            full, mask = slices.put(blank, part, cuts), slices.put(blank, ones, cuts)
-            for role in ("A", "B"):
-                for site in sites:
-                    total[role][site] += w * full[role][site]
-                    count[role][site] += w * mask[role][site]
-        return {
-            role: {
-                site: torch.where(n > 0, total[role][site] / n.clamp_min(1e-30), state[role][site])
-                for site, n in count[role].items()
-            }
-            for role in ("A", "B")
-        }
-
-    # client
-
-    def prepare(self, received: State, kept: State, sites: Sites, client: Client, t: int) -> Work:
-        work = self._inner.prepare(lora.without(received, "mask"), kept, sites, client, t)
-        if self.mode == "official_code" or client.keep == 1.0:
-            return work
-        cuts = self._cuts(int(received["mask"]["seed"]), sites, client.keep)
-        rank = {site: x.shape[0] for site, x in received["A"].items()}
-        return replace(
-            work,
-            fixed=work.fixed
-            | {
-                "cols": {site: cut.cols for site, cut in cuts.items() if cut.cols is not None},
-                "rows": {site: cut.rows for site, cut in cuts.items() if cut.rows is not None},
-                "blank_A": {site: x.new_zeros(rank[site], sites[site][1]) for site, x in received["A"].items()},
-                "blank_B": {site: x.new_zeros(sites[site][0], rank[site]) for site, x in received["B"].items()},
-            },
-        )
-
-    def adapter(self, train: State, fixed: State) -> tuple[Group, Group]:
-        A, B = self._inner.adapter(train, fixed)
-        if "cols" not in fixed:
-            return A, B
-        return (
-            {site: fixed["blank_A"][site].index_copy(1, fixed["cols"][site], x) for site, x in A.items()},
-            {site: fixed["blank_B"][site].index_copy(0, fixed["rows"][site], x) for site, x in B.items()},
-        )
-
-    def penalty(self, train: State, fixed: State) -> Tensor | None:
-        return self._inner.penalty(train, fixed)
-
-    def finish(self, work: Work, trained: State, received: State) -> tuple[State, State]:
-        sent, kept = self._inner.finish(work, trained, lora.without(received, "mask"))
-        return sent | lora.only(received, "mask"), kept
-
-
-def _zeros(state: State) -> State:
+def _blank(state: State) -> State:
     """The state with A and B zero."""
-    return state | {role: {site: torch.zeros_like(x) for site, x in state[role].items()} for role in ("A", "B")}
+    return state | zeros_like(only(state, "A", "B"))
+
+
+async def _counted(
+    x: Exchange[Any],
+    lift: Callable[[Client, State], State],
+    around: Callable[[Client], tuple[State, slices.Cuts]],
+    state: State,
+) -> Any:
+    """An exchange in which what a client dropped counts as the mean of the clients that kept it: that mean is unchanged."""
+
+    def with_mask(client: Client, upload: State) -> State:
+        whole, cuts = around(client)
+        ones = {role: {site: torch.ones_like(v) for site, v in upload[role].items()} for role in ("A", "B")}
+        held = slices.put(_blank(whole), ones, cuts)
+        return slices.put(_blank(whole), upload, cuts) | {"held_A": held["A"], "held_B": held["B"]}
+
+    answer = await replace(x, lift=with_mask)
+    if isinstance(answer, Averaged):
+        return replace(answer, state=_of_those_who_held(answer.state, state))
+    uploads, mean = list(answer), lora.Mean()
+    for upload in uploads:
+        mean.add(only(upload.state, "A", "B", "held_A", "held_B"), upload.weight)
+    kept = _of_those_who_held(mean.value, state)
+    return iter([replace(u, state=lift(u.client, _filled(u.state, kept))) for u in uploads])
+
+
+def _of_those_who_held(mean: State, before: State) -> State:
+    """sum_k p_k m_k x_k / sum_k p_k m_k for each entry; the server's own where nobody held it."""
+    return without(mean, "held_A", "held_B") | {
+        role: {
+            site: torch.where(n > 0, mean[role][site] / n.clamp_min(1e-30), before[role][site])
+            for site, n in mean["held_" + role].items()
+        }
+        for role in ("A", "B")
+    }
+
+
+def _filled(upload: State, kept: State) -> State:
+    """The upload, with `kept` where the client held nothing."""
+    return without(upload, "held_A", "held_B") | {
+        role: {
+            site: torch.where(held > 0, upload[role][site], kept[role][site])
+            for site, held in upload["held_" + role].items()
+        }
+        for role in ("A", "B")
+    }

@@ -6,35 +6,36 @@ Every client ends with a model of its own, (A, B_k, head_k): scores are means ov
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from fedloom import lora
-from fedloom.core import Client, Method, Sites, State, Upload, Work
+from fedloom.core import Client, Mean, Round, Visit, Work
+from fedloom.methods.base import LoRA
+from fedloom.state import State, only, without
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedSALoRA(Method):
-    """A <- sum_k p_k A_k; B_k and head_k are kept."""
+class FedSALoRA(LoRA):
+    """A <- sum_k p_k A_k; B_k and head_k stay with client k."""
 
     name: ClassVar[str] = "fedsa_lora"
     paper: ClassVar[str] = (
         "Guo et al., Selective Aggregation for Low-Rank Adaptation in Federated Learning, arXiv 2410.01463"
     )
-    personal: ClassVar[bool] = True
-    linear: ClassVar[bool] = True
+    personal_models = True
 
-    def broadcast(self, state: State, client: Client, t: int) -> State:
-        return lora.only(state, "A")
+    async def server(self, state: State, round: Round) -> State:
+        mean = await Mean(send=lambda client: only(state, "A"))
+        return state | mean.state
 
-    def prepare(self, received: State, kept: State, sites: Sites, client: Client, t: int) -> Work:
-        # A client's first round starts from B = 0 and the common head, whatever the round is.
-        own = {"B": lora.init_B(sites, self.rank)} | kept
-        return Work(train=received | own, scale=lora.scale(self.alpha, self.rank, self.rslora))
+    async def client(self, received: State, own: State, visit: Visit) -> tuple[State, State]:
+        done = await self.model(received, own, visit)
+        return only(done.state, "A"), without(done.state, "A")
 
-    def finish(self, work: Work, trained: State, received: State) -> tuple[State, State]:
-        return lora.only(trained, "A"), lora.without(trained, "A")
+    def serve(self, state: State, client: Client) -> State:
+        return only(state, "A")
 
-    def aggregate(self, state: State, uploads: Iterable[Upload]) -> State:
-        return state | lora.mean(uploads, "A")
+    def model(self, received: State, own: State, visit: Visit) -> Work:
+        # A client's first visit starts from B = 0 and the common head, whatever the round is.
+        return Work(train=received | {"B": lora.init_B(visit.sites, self.rank)} | own, scale=self.scale)

@@ -8,61 +8,113 @@ S = (r/k) sum_{j in I} e_j e_j^T, E[S] = 1 (3); since B S A = (r/k) B_I A_I (4) 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import ClassVar
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Gt, Le
 from torch import Tensor
 
-from fedloom import lora, slices
-from fedloom.core import Client, Group, Method, Sites, State, Upload, Work
+from fedloom import slices
+from fedloom.core import Client, Exchange, Factors, Round, Visit, Work
 from fedloom.errors import ConfigError
-from fedloom.methods import choice, inner
+from fedloom.flows import Over, at, need_factors, relay, relay_works, weighting
+from fedloom.rng import generator, seed_of
+from fedloom.spec import Spec
+from fedloom.state import Group, Sites, State, only
 
 
 @dataclass(frozen=True, kw_only=True)
-class FSLoRA(Method):
+class FSLoRA(Over):
     """One index set I per client, round and site, for the columns of B and the rows of A alike; a new one each round.
 
     Aggregation (16)-(17): B <- B + (1/M) sum_k scatter(dB_k), the same for A, over the M clients that reported.
     """
 
-    sketch: str = "uniform"
+    sketch: Literal["uniform", "balanced", "importance"] = "uniform"
     """`uniform`: a random k-subset; `balanced`: blocks of a random permutation, so that a client that takes part in every
     round visits each row once in ceil(r/k) of them; `importance`: unbiased, rows drawn with probability pi_j, scaled by
     1/pi_j."""
-    importance_mix: float = 0.5
+    importance_mix: Annotated[float, Gt(0), Le(1)] = 0.5
     """Share of the uniform law in pi: bounds the scale of a rarely drawn row by r / (k importance_mix)."""
-    weights: str = "uniform"
-    """`uniform`: 1/M as in (16)-(17); `examples`: n_k / n."""
-    over: str = "fedit"
-    """The method whose aggregate is sketched."""
+    weights: Literal["uniform", "examples", "auto"] = "uniform"
+    """`uniform`: 1/M as in (16)-(17); `examples`: n_k / n; `auto`: the rule of the method under it."""
 
     name: ClassVar[str] = "fslora"
     paper: ClassVar[str] = "Fang et al., Federated Sketching LoRA, arXiv 2501.19389"
     budgets: ClassVar[frozenset[str]] = frozenset({"rank"})
-    sliceable: ClassVar[bool] = True
+    adds: ClassVar[tuple[str, ...]] = ("sketch", "idle")
 
     def __post_init__(self) -> None:
-        choice(self.name, "sketch", self.sketch, "uniform", "balanced", "importance")
-        choice(self.name, "weights", self.weights, "uniform", "examples")
-        if not 0 < self.importance_mix <= 1:
+        super().__post_init__()
+        if "rank" in self.over.budgets:
             raise ConfigError(
-                f"fslora: importance_mix is {self.importance_mix}, expected a number above 0 and at most 1"
+                f"fslora draws the ranks of a client, as {self.over.name} chooses them: choose another [method.over], "
+                "such as fedit or fedex_lora"
             )
-        if "rank" in self._inner.budgets:
-            raise ConfigError(
-                f"fslora draws the ranks of a client, as {self.over!r} does: choose over = 'fedit' or 'fedex_lora'"
-            )
+        need_factors(self, "a sketch")
 
-    @cached_property
-    def _inner(self) -> Method:
-        return inner(self, self.over)
+    def init(self, sites: Sites, rng: torch.Generator) -> State:
+        seed = torch.randint(2**62, (1,), generator=rng)
+        idle = {site: torch.zeros(2, self.rank, dtype=torch.int64) for site in sites}
+        return self.over.init(sites, rng) | {"sketch": {"seed": seed}, "idle": idle}
 
-    def _whole(self, client: Client) -> Client:
-        return replace(client, rank=self.rank)
+    async def server(self, state: State, round: Round) -> State:
+        visited = {site: torch.zeros(self.rank, dtype=torch.bool) for site in state["A"]}
+
+        async def sketched(x: Exchange[Any]) -> Any:
+            @cache
+            def draw(client: Client) -> State:
+                return self._draw(state, client, round.t)
+
+            def cuts(client: Client) -> slices.Cuts:
+                return self._cuts(draw(client)["sketch"], state["A"], client.rank)
+
+            def send(client: Client) -> State:
+                return slices.take(x.send(self.whole(client)), cuts(client)) | draw(client)
+
+            def expects(client: Client, sent: State) -> Spec:
+                return x.expects(client, self.inner(sent))
+
+            def lift(client: Client, upload: State) -> State:
+                for site, cut in cuts(client).items():
+                    visited[site][cut.rank] = True
+                # Rows outside the sketch count as unchanged: dividing by M, not by a row's visits, is what makes
+                # the step unbiased, since the forward pass was already scaled by r/k.
+                return x.lift(client, slices.put(x.send(self.whole(client)), upload, cuts(client)))
+
+            return await replace(x, send=send, expects=expects, lift=lift, weight=weighting(self.weights, x))
+
+        after = await relay(self.over.server(self.inner(state), round), sketched)
+        idle = _longer_idle(state["idle"], visited)
+        round.report["longest_idle_rounds"] = float(max(gaps[1].max() for gaps in idle.values()))
+        return after | only(state, "sketch") | {"idle": idle}
+
+    async def client(self, received: State, own: State, visit: Visit) -> tuple[State, State]:
+        inner = self.over.client(self.inner(received), self.inner(own), at(visit, rank=self.rank))
+        if "sketch_weight" not in received:
+            ratio = self.rank / visit.client.rank  # (alpha/r)(r/k) = alpha/k; rank-stabilised: (alpha/sqrt r)(r/k)
+            return await relay_works(inner, lambda work: replace(work, scale=work.scale * ratio))
+
+        def weighted(work: Work) -> Work:
+            def adapter(train: State, fixed: State) -> Factors:
+                made = work.adapter(train, fixed)
+                return made._replace(B={site: x * fixed["sketch_weight"][site] for site, x in made.B.items()})
+
+            return replace(work, fixed=work.fixed | only(received, "sketch_weight"), adapter=adapter)
+
+        return await relay_works(inner, weighted)
+
+    def spread(self, upload: State, received: State, visit: Visit) -> State:
+        # Spread at this wrapper's size first: the method under it knows whole ranks alone.
+        wide = {
+            "A": {site: x.new_zeros(self.rank, x.shape[1]) for site, x in upload["A"].items()},
+            "B": {site: x.new_zeros(x.shape[0], self.rank) for site, x in upload["B"].items()},
+        }
+        full = slices.put(wide, upload, self._cuts(received["sketch"], upload["A"], visit.client.rank))
+        return self.over.spread(full, self.inner(received), at(visit, rank=self.rank))
 
     # the sketch: role "sketch" holds a seed (and a block), or the indices themselves where they depend on the state
 
@@ -72,16 +124,13 @@ class FSLoRA(Method):
             index, weight = {}, {}
             for site, A in state["A"].items():
                 pi = inclusion(A.norm(dim=1) * state["B"][site].norm(dim=0), client.rank, self.importance_mix)
-                chosen = systematic(pi, lora.generator(seed, t, client.id, site))
+                chosen = systematic(pi, generator(seed, t, client.id, site))
                 index[site], weight[site] = chosen.to(torch.int32), (1 / pi[chosen]).to(A.dtype)
             return {"sketch": index, "sketch_weight": weight}
         if self.sketch == "balanced":
-            blocks = -(-self.rank // client.rank)
-            cycle, block = divmod(max(t, 1) - 1, blocks)
-            draw = [lora.seed_of(seed, cycle, client.id), block]
-        else:
-            draw = [lora.seed_of(seed, t, client.id)]
-        return {"sketch": {"seed": torch.tensor(draw)}}
+            cycle, block = divmod(t - 1, -(-self.rank // client.rank))
+            return {"sketch": {"seed": torch.tensor([seed_of(seed, cycle, client.id), block])}}
+        return {"sketch": {"seed": torch.tensor([seed_of(seed, t, client.id)])}}
 
     def _cuts(self, sketch: Group, sites: Iterable[str], rank: int) -> slices.Cuts:
         """Site -> the sorted index set, the same on both sides of the wire."""
@@ -91,72 +140,19 @@ class FSLoRA(Method):
         start = block[0] * rank if block else 0
         cuts = {}
         for site in sites:
-            order = torch.randperm(self.rank, generator=lora.generator(seed, site))
+            order = torch.randperm(self.rank, generator=generator(seed, site))
             # The last block is topped up from the permutation's head: still a uniform random k-subset.
-            index = torch.cat([order[start:], order])[:rank]
-            cuts[site] = slices.Cut(rank=index.sort().values)
+            cuts[site] = slices.Cut(rank=torch.cat([order[start:], order])[:rank].sort().values)
         return cuts
 
-    # server
 
-    def init(self, sites: Sites, rng: torch.Generator) -> State:
-        seed = torch.randint(2**62, (1,), generator=rng)
-        idle = {site: torch.zeros(2, self.rank, dtype=torch.int64) for site in sites}
-        return self._inner.init(sites, rng) | {"sketch": {"seed": seed}, "idle": idle}
-
-    def broadcast(self, state: State, client: Client, t: int) -> State:
-        draw = self._draw(state, client, t)
-        sent = self._inner.broadcast(state, self._whole(client), t)
-        return slices.take(sent, self._cuts(draw["sketch"], sent["A"], client.rank)) | draw
-
-    def expected(self, received: State, t: int) -> State:
-        return lora.without(self._inner.expected(received, t), "sketch_weight")
-
-    def aggregate(self, state: State, uploads: Iterable[Upload]) -> State:
-        visited = {site: torch.zeros(self.rank, dtype=torch.bool) for site in state["A"]}
-
-        def whole() -> Iterator[Upload]:
-            for upload in uploads:
-                client = self._whole(upload.client)
-                cuts = self._cuts(upload.state["sketch"], state["A"], upload.client.rank)
-                for site, cut in cuts.items():
-                    visited[site][cut.rank] = True
-                # Rows outside the sketch count as unchanged: dividing by M, not by a row's visits, is what makes
-                # the step unbiased, since the forward pass was already scaled by r/k.
-                full = slices.put(self._inner.broadcast(state, client, upload.t), upload.state, cuts)
-                one = client if self.weights == "examples" else replace(client, examples=1)
-                yield replace(upload, client=one, state=full)
-
-        after = self._inner.aggregate(state, whole())
-        idle = {}
-        for site, gaps in state["idle"].items():
-            now = torch.where(visited[site], 0, gaps[0] + 1)
-            idle[site] = torch.stack([now, torch.maximum(gaps[1], now)])
-        longest = torch.stack([gaps[1].max() for gaps in idle.values()]).max()
-        return after | {"idle": idle, "report": {"longest_idle_rounds": longest}}
-
-    # client
-
-    def prepare(self, received: State, kept: State, sites: Sites, client: Client, t: int) -> Work:
-        work = self._inner.prepare(
-            lora.without(received, "sketch", "sketch_weight"), kept, sites, self._whole(client), t
-        )
-        if "sketch_weight" in received:
-            return replace(work, fixed=work.fixed | {"sketch_weight": received["sketch_weight"]})
-        # (alpha/r)(r/k) = alpha/k; rank-stabilised: (alpha/sqrt r)(r/k).
-        return replace(work, scale=work.scale * (self.rank / client.rank))
-
-    def adapter(self, train: State, fixed: State) -> tuple[Group, Group]:
-        A, B = self._inner.adapter(train, fixed)
-        weight = fixed.get("sketch_weight")
-        return (A, B) if weight is None else (A, {site: x * weight[site] for site, x in B.items()})
-
-    def penalty(self, train: State, fixed: State) -> Tensor | None:
-        return self._inner.penalty(train, fixed)
-
-    def finish(self, work: Work, trained: State, received: State) -> tuple[State, State]:
-        sent, kept = self._inner.finish(work, trained, received)
-        return sent | lora.only(received, "sketch"), kept
+def _longer_idle(idle: Group, visited: Group) -> Group:
+    """Site -> (2, r): rounds since each rank was last visited, and the longest such gap so far."""
+    after = {}
+    for site, gaps in idle.items():
+        now = torch.where(visited[site], 0, gaps[0] + 1)
+        after[site] = torch.stack([now, torch.maximum(gaps[1], now)])
+    return after
 
 
 def inclusion(importance: Tensor, k: int, mix: float) -> Tensor:

@@ -8,17 +8,23 @@ import torch
 from torch import Tensor
 
 from fedloom import lora
-from fedloom.core import Group, Method, Work
+from fedloom.core import Work
+from fedloom.errors import ModelError
 from fedloom.models import peft
-from fedloom.runs.assemble import Parts
+from fedloom.runs.experiment import Experiment
+from fedloom.state import Group
 
 
-def factors(method: Method, work: Work) -> tuple[Group, Group, float]:
+def factors(work: Work) -> tuple[Group, Group, float]:
     """A, B and the scale that multiplies B @ A: the work's adapter with its offset as further ranks.
 
     Without an offset these are the adapter's own factors. With one, the scale is folded in and is 1.
     """
-    A, B = method.adapter(work.train, work.fixed)
+    A, B, gate = work.adapter(work.train, work.fixed)
+    if gate is not None:
+        raise ModelError(
+            "this model weighs its ranks by the input, which no PEFT adapter can: use it from the run's checkpoint"
+        )
     if not work.base:
         return A, B, work.scale
     with_offset_A, with_offset_B = {}, {}
@@ -40,9 +46,9 @@ def _offset(left: Tensor | None, right: Tensor | None, B: Tensor, A: Tensor) -> 
     return (U * root).to(left.dtype), (root[:, None] * Vh).to(left.dtype)
 
 
-def write(parts: Parts, method: Method, work: Work, path: Path) -> None:
+def write(e: Experiment, work: Work, path: Path) -> None:
     """Write the model that `work` describes as a PEFT directory."""
-    A, B, scale = factors(method, work)
+    A, B, scale = factors(work)
     head = work.train.get("head") or work.fixed.get("head")
     rank = next(iter(A.values())).shape[0]
     peft.write_adapter(
@@ -52,11 +58,11 @@ def write(parts: Parts, method: Method, work: Work, path: Path) -> None:
         rank=rank,
         alpha=scale * rank,
         rslora=False,  # the scale is folded into alpha
-        targets=parts.targets,
-        base_name=parts.base.path_or_id,
-        kind=parts.config.task.kind,
+        targets=e.targets,
+        base_name=e.base.path_or_id,
+        kind=e.config.task.kind,
         head=head,
-        fan_in_fan_out=parts.transposed,
+        fan_in_fan_out=e.transposed,
     )
 
 

@@ -14,14 +14,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedloom import checkpoint, directions, lora
-from fedloom.core import State, Work
+from fedloom import checkpoint, dora, lora
+from fedloom.core import Work
 from fedloom.errors import RunError
-from fedloom.methods.fedit import FedIT
 from fedloom.rng import generator
-from fedloom.runs import evaluate
-from fedloom.runs.assemble import Parts
-from fedloom.runs.directory import RunDirectory
+from fedloom.runs.experiment import Experiment, experiment
+from fedloom.runs.run_directory import RunDirectory
+from fedloom.state import State, only
 
 Pair = tuple[Tensor, Tensor]
 """A factor and its reference."""
@@ -73,34 +72,15 @@ def measure(path: Path, most: int = 8) -> list[Row]:
     t, state, _, _ = checkpoint.load(run.checkpoint)
     if t == 0:
         raise RunError(f"{path} has not finished a round yet: there is nothing to compare with; resume it first")
-    parts = Parts(run.config())
-    clients = parts.clients[:most]
-    work = evaluate.global_work(parts, state)
-    A, B = parts.method.adapter(work.train, work.fixed)
-    head = lora.only(work.train, "head") or lora.only(work.fixed, "head")
-    start: State = {"A": A, "B": B, **head}
-    plain = FedIT(rank=parts.method.rank, alpha=parts.method.alpha, rslora=parts.method.rslora)
-
-    def train(starts: list[State], purpose: int) -> list[State]:
-        trained: list[State] = []
-        for i in range(0, len(clients), parts.cohort):
-            group = clients[i : i + parts.cohort]
-            works = [
-                (client, Work(train=begin, base=work.base, scale=work.scale))
-                for client, begin in zip(group, starts[i : i + parts.cohort], strict=True)
-            ]
-            fitted = parts.trainer.fit(plain, works, [parts.rows_of(client.id) for client in group], purpose)
-            trained += [result for result, _ in fitted]
-        return trained
-
-    after = train([start] * len(clients), t + 1)
-    seed = parts.config.seed
-    scratch: list[State] = [
-        lora.init(parts.sites, plain.rank, generator(seed, "sensitivity", c.id)) | parts.head for c in clients
-    ]
-    other = train(scratch, t + 1)
-    first = parts.initial_state()
-    initial: State = {"A": first["A"], "B": first["B"]}
+    e = experiment(run.config())
+    model = e.global_model(state)
+    start = _factors(model) | (only(model.train, "head") or only(model.fixed, "head"))
+    clients = e.clients[:most]
+    after = _train(e, model, [start] * len(clients), t + 1)
+    seed, rank = e.config.seed, e.method.rank
+    scratch = [lora.init(e.sites, rank, generator(seed, "sensitivity", c.id)) | e.head for c in clients]
+    other = _train(e, model, scratch, t + 1)
+    initial = _factors(e.global_model(e.initial_state()))
     references = {
         "init": [(x, initial) for x in after],
         "global": [(x, start) for x in after],
@@ -109,9 +89,28 @@ def measure(path: Path, most: int = 8) -> list[Row]:
     }
     return [
         Row(convention, reference, _change(pairs, "A", dims[0]), _change(pairs, "B", dims[1]))
-        for convention, dims in directions.AXES.items()
+        for convention, dims in dora.AXES.items()
         for reference, pairs in references.items()
     ]
+
+
+def _factors(model: Work) -> State:
+    made = model.adapter(model.train, model.fixed)
+    return {"A": made.A, "B": made.B}
+
+
+def _train(e: Experiment, model: Work, starts: list[State], t: int) -> list[State]:
+    """A plain LoRA round of the first clients, each from its start, in cohorts."""
+    trained: list[State] = []
+    clients = e.clients[: len(starts)]
+    for i in range(0, len(clients), e.cohort):
+        group = clients[i : i + e.cohort]
+        works = [
+            (client, Work(train=start, base=model.base, scale=model.scale))
+            for client, start in zip(group, starts[i : i + e.cohort], strict=True)
+        ]
+        trained += [x.state for x in e.trainer.fit(works, [e.rows_of(client.id) for client in group], t)]
+    return trained
 
 
 def _change(pairs: Iterable[tuple[State, State]], factor: str, dim: int) -> Change:
@@ -137,7 +136,7 @@ def change(pairs: Iterable[Pair], dim: int) -> Change:
     relatives: list[float] = []
     length = 1
     for x, reference in pairs:
-        now, before = directions.split(x.double(), dim), directions.split(reference.double(), dim)
+        now, before = dora.split(x.double(), dim), dora.split(reference.double(), dim)
         length = x.shape[dim]
         moved = (now.magnitude - before.magnitude).abs()
         moves.append(float(moved.mean()))

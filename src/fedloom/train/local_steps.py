@@ -61,7 +61,7 @@ def run(model: AdaptedModel, members: Sequence[Member], settings: Settings, t: i
     scale = torch.tensor([m.work.scale for m in members], dtype=compute, device=model.device).view(-1, 1, 1)
     optimiser = (
         AdamW(flat, settings.weight_decay)
-        if settings.optimizer == "adamw"
+        if (members[0].work.optimizer or settings.optimizer) == "adamw"
         else SGD(flat, settings.weight_decay, settings.momentum)
     )
     record = Record(members, flat)

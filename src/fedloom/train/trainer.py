@@ -187,7 +187,7 @@ def _batching_key(member: local_steps.Member) -> object:
     roles = tuple(sorted((role, site) for role, group in work.train.items() for site in group))
     fixed = tuple(sorted((role, site) for role, group in work.fixed.items() for site in group))
     base = tuple(sorted((role, site, id(x)) for role, group in work.base.items() for site, x in group.items()))
-    return roles, fixed, base, member.gate, local_steps.state_dtype([work]), member.data.kind
+    return roles, fixed, base, member.gate, work.optimizer, local_steps.state_dtype([work]), member.data.kind
 
 
 def _greedy(model: nn.Module, data: Encoded, rows: NDArray[np.int64], max_new_tokens: int) -> list[list[int]]:

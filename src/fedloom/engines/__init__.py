@@ -1,1 +1,0 @@
-"""Engines run clients, wherever they are: in this process, or on other machines."""

@@ -1,0 +1,1 @@
+"""Clients on other machines: the coordinator and its nodes, with Flower between them."""

@@ -1,0 +1,109 @@
+"""SCAFFOLD: control variates correct the drift of local training.
+
+Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020, arXiv 1910.06378,
+algorithm 1 with option II: every local gradient gets c - c_k, then c_k <- c_k - c + (x - y_k) / (sum of learning rates), and
+the server adds (1/N) sum of the changes of c_k to c. Clients count alike, as in the paper. With another local optimiser than
+SGD the same correction enters its gradient, and (x - y_k) / (sum of learning rates) is no longer a mean gradient (reading).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fedloom import lora
+from fedloom.client import BUDGETS, whole_budget
+from fedloom.core import Averaged, Client, Exchange, Round, Trained, Upload, Visit, Work
+from fedloom.errors import ConfigError
+from fedloom.flows import Over, relay
+from fedloom.spec import like
+from fedloom.state import State, only, zeros_like
+
+ROLES = ("A", "B", "head")
+"""What is controlled, where a work trains it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaffold(Over):
+    """Control variates for A, B and the head: roles `c_A`, ... of the server, sent to clients; each keeps its own."""
+
+    name: ClassVar[str] = "scaffold"
+    paper: ClassVar[str] = "Karimireddy et al., SCAFFOLD, arXiv 1910.06378"
+    adds: ClassVar[tuple[str, ...]] = ("c_",)
+
+    def check(self, client: Client) -> None:
+        super().check(client)
+        for name, budget in BUDGETS.items():
+            if getattr(client, name) != whole_budget(self, name):
+                raise ConfigError(
+                    "scaffold needs clients that train the same tensors in every round, got "
+                    f"{name} {getattr(client, name)} for client {client.id!r}: remove {budget.key} from [clients]"
+                )
+
+    async def server(self, state: State, round: Round) -> State:
+        c = self.mine(state) or {f"c_{role}": x for role, x in zeros_like(only(state, *ROLES)).items()}
+        changes = lora.Mean()
+
+        async def controlled(x: Exchange[Any]) -> Any:
+            answer = await replace(
+                x,
+                send=lambda client: x.send(client) | c,
+                expects=lambda client, sent: x.expects(client, self.inner(sent)) | like(c),
+                lift=lambda client, upload: x.lift(client, self.inner(upload)) | self.mine(upload),
+                weight=lambda client: 1.0,
+            )
+            if isinstance(answer, Averaged):
+                changes.add(self.mine(answer.state), float(len(answer.clients)))
+                return replace(answer, state=self.inner(answer.state))
+            return self._each(answer, changes)
+
+        after = await relay(self.over.server(self.inner(state), round), controlled)
+        share = changes.weight / round.federation
+        moved = {
+            role: {site: x + share * changes.value[role][site] for site, x in group.items()}
+            for role, group in c.items()
+            if role in changes.value
+        }
+        return after | c | moved
+
+    def _each(self, uploads: Iterator[Upload], changes: lora.Mean) -> Iterator[Upload]:
+        for upload in uploads:
+            changes.add(self.mine(upload.state), 1.0)
+            yield replace(upload, state=self.inner(upload.state))
+
+    async def client(self, received: State, own: State, visit: Visit) -> tuple[State, State]:
+        c = self.mine(received)
+        mine = self.mine(own) or zeros_like(c)
+        change = zeros_like(c)
+
+        async def corrected(work: Work) -> Any:
+            controlled = [role for role in work.train if f"c_{role}" in c]
+            shift = {f"c_{r}": {s: c[f"c_{r}"][s] - mine[f"c_{r}"][s] for s in work.train[r]} for r in controlled}
+            if not shift:
+                return await work
+            done: Trained = await replace(work, fixed=work.fixed | shift, penalties=(*work.penalties, _linear))
+            for r in controlled:
+                for s, x in work.train[r].items():
+                    gradient = (x - done.state[r][s]) / done.lr_sum if done.lr_sum else torch.zeros_like(x)
+                    change[f"c_{r}"][s] = gradient - c[f"c_{r}"][s]
+            return done
+
+        inner = self.over.client(self.inner(received), self.inner(own), visit)
+        sent, kept = await relay(inner, corrected)
+        after = {role: {s: mine[role][s] + x for s, x in group.items()} for role, group in change.items()}
+        return sent | change, kept | after
+
+
+def _linear(train: State, fixed: State) -> Tensor:
+    """<x, c - c_k>: its gradient is the correction."""
+    terms = [
+        (x * fixed[f"c_{role}"][site]).sum()
+        for role, group in train.items()
+        if f"c_{role}" in fixed
+        for site, x in group.items()
+    ]
+    return torch.stack(terms).sum()

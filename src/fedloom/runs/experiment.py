@@ -1,0 +1,235 @@
+"""An experiment: everything that a run works with, made once from its configuration and never changed.
+
+RunConfig ──plan──► Plan ──tables, partition──► clients ──load──► base model ──adapt──► Experiment
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedloom.client import Client
+from fedloom.core import Method, Visit, Work
+from fedloom.data import load, partition
+from fedloom.data.tokenize import Encoded, encode_causal, encode_labelled
+from fedloom.errors import ConfigError
+from fedloom.models import huggingface, peft
+from fedloom.rng import generator
+from fedloom.runs.config import RunConfig
+from fedloom.runs.plan import Plan, plan
+from fedloom.runs.tables import Tables, tables
+from fedloom.state import Group, Sites, State
+from fedloom.train.optim import Settings
+from fedloom.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TOKENS_AT_ONCE = 4096
+"""What one pass over the base holds with cohort = "auto": enough to fill a processor, little enough for its memory."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token rows of a run, made when they are first asked for: a node has no use for all of them."""
+
+    config: RunConfig
+    tables: Tables
+    tokenizer: Any
+
+    def _encode(self, rows: Dataset) -> Encoded:
+        task = self.config.task
+        if task.kind == "causal-lm":
+            return encode_causal(rows, self.tokenizer, task.prompt, task.response, task.template, task.max_length)
+        labels = self.tables.labels or None
+        return encode_labelled(rows, self.tokenizer, self.tables.text, task.label, labels, task.max_length, task.kind)
+
+    @cached_property
+    def train(self) -> Encoded:
+        return self._encode(self.tables.train)
+
+    @cached_property
+    def eval(self) -> Encoded:
+        return self._encode(self.tables.eval)
+
+    @cached_property
+    def proxy(self) -> Encoded | None:
+        return None if self.tables.proxy is None else self._encode(self.tables.proxy)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run's method, data, clients and model. `replace` gives one with other clients."""
+
+    plan: Plan
+    tables: Tables
+    partition: Mapping[str, list[int]]
+    """Client id -> rows of the training table."""
+    clients: list[Client]
+    base: huggingface.Base
+    targets: list[str]
+    sites: Sites
+    head: State
+    """The task head as the model has it, under role `head` (empty for a causal LM)."""
+    transposed: bool
+    """Whether the adapted layers keep their weight as (in, out): GPT-2's Conv1D."""
+    device: torch.device
+    dtype: torch.dtype
+    """Of the frozen base."""
+    trainer: Trainer
+    rows: Rows
+
+    @property
+    def config(self) -> RunConfig:
+        return self.plan.config
+
+    @property
+    def method(self) -> Method:
+        return self.plan.method
+
+    @property
+    def server(self) -> Client | None:
+        """The server as a client that trains on its own proxy data, if it has any."""
+        rows = self.tables.proxy
+        return None if rows is None else Client("server", len(rows), self.method.rank)
+
+    def initial_state(self) -> State:
+        """The server's first state, head included: a function of the seed alone."""
+        return self.method.init(self.sites, generator(self.config.seed, "init")) | self.head
+
+    def global_model(self, state: State) -> Work:
+        """The server's model, as work that trains nothing: what a client that keeps nothing uses."""
+        asking = Client("server", 0, self.method.rank)
+        return self.method.model(self.method.serve(state, asking), self.head, Visit(0, asking, self.sites))
+
+    def rows_of(self, client: str) -> Encoded:
+        """The training rows of one client; the proxy rows of the server."""
+        if client == "server":
+            assert self.rows.proxy is not None
+            return self.rows.proxy
+        return self.rows.train.select(self.partition[client])
+
+    @property
+    def cohort(self) -> int:
+        """How many clients train in one pass."""
+        asked = self.config.engine.cohort
+        if asked != "auto":
+            return asked
+        tokens = self.config.train.batch_size * max(1.0, float(self.rows.train.lengths.mean()))
+        return max(1, min(32, int(TOKENS_AT_ONCE / tokens)))
+
+    @cached_property
+    def hashes(self) -> dict[str, Any]:
+        """What the run was made from. Reads every row: once a process is enough."""
+        found = {
+            "model": self.base.sha256,
+            "data": load.fingerprint(self.tables.train),
+            "eval_data": load.fingerprint(self.tables.eval),
+            "partition": partition.digest(dict(self.partition)),
+        }
+        if self.tables.proxy is not None:
+            found["proxy_data"] = load.fingerprint(self.tables.proxy)
+        return found
+
+
+def experiment(
+    config: RunConfig | Plan,
+    on_status: Callable[[str], None] = lambda what: None,
+    *,
+    table: Tables | None = None,
+    base: huggingface.Base | None = None,
+    only_client: str | None = None,
+) -> Experiment:
+    """Make an experiment: read the data, load the model, put its adapters in place.
+
+    `table` and `base` are used instead of being read and loaded; `only_client` gives all rows to one client of that id.
+    Raises ConfigError, DataError, ModelError or HubError for what is wrong, and writes nothing.
+    """
+    planned = plan(config) if isinstance(config, RunConfig) else config
+    c = planned.config
+    device = device_of(c)
+    on_status("reading the data")
+    table = table or tables(c)
+    parts = _partition(c, table) if only_client is None else {only_client: list(range(len(table.train)))}
+    on_status("loading the model")
+    base = base or huggingface.load_base(
+        c.model.name, kind=c.task.kind, num_labels=max(1, len(table.labels)), seed=c.seed
+    )
+    targets = huggingface.default_targets(base.model) if c.lora.targets == "auto" else list(c.lora.targets)
+    sites = huggingface.find_sites(base.model, targets)
+    huggingface.check_rank(sites, planned.method.rank)
+    head: Group | None = peft.head_group(base.model)
+    transposed = any(huggingface.is_conv1d(base.model.get_submodule(site)) for site in sites)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(c.model.dtype) or huggingface.auto_dtype(device)
+    return Experiment(
+        plan=planned,
+        tables=table,
+        partition=parts,
+        clients=planned.clients(parts),
+        base=base,
+        targets=targets,
+        sites=sites,
+        head={"head": head} if head else {},
+        transposed=transposed,
+        device=device,
+        dtype=dtype,
+        trainer=_trainer(c, base, sites, device, dtype),
+        rows=Rows(c, table, base.tokenizer),
+    )
+
+
+def with_clients(made: Experiment, clients: list[Client]) -> Experiment:
+    """The experiment with the clients that announced themselves. Raises ConfigError if the method cannot follow them."""
+    for client in clients:
+        made.method.check(client)
+    return replace(made, clients=clients)
+
+
+def device_of(config: RunConfig) -> torch.device:
+    """Where the model computes. Raises ConfigError if it is not there."""
+    name = config.model.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("model.device is 'cuda', but torch sees no GPU: set it to 'auto' or 'cpu'")
+    return torch.device(name)
+
+
+def _partition(config: RunConfig, table: Tables) -> dict[str, list[int]]:
+    c, task = config.clients, config.task
+    return partition.partition(
+        table.train,
+        c.count,
+        c.partition,
+        seed=config.seed,
+        alpha=c.alpha,
+        field=c.field or (table.text[0] if c.partition == "by-length" else None),
+        label=task.label if task.kind == "classification" else None,
+        classes_per_client=c.classes_per_client,
+    )
+
+
+def _trainer(
+    config: RunConfig, base: huggingface.Base, sites: Sites, device: torch.device, dtype: torch.dtype
+) -> Trainer:
+    """The trainer, which adapts the base in place."""
+    # Settings are named as the keys of [train]; the rest of its keys are the run's.
+    settings = {
+        name: value for name, value in config.train.model_dump().items() if name in Settings.__dataclass_fields__
+    }
+    return Trainer(
+        base.model,
+        list(sites),
+        list(base.head),
+        settings=Settings(
+            **settings, seed=config.seed, dropout=config.lora.dropout, checkpointing=config.model.checkpointing
+        ),
+        device=device,
+        dtype=dtype,
+        attention=config.model.attention,
+        kernels=config.engine.kernels,
+    )

@@ -1,0 +1,72 @@
+"""Look at a finished run: score it again, export it, check its hashes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from fedloom.checkpoint import disk_errors
+from fedloom.data import partition
+from fedloom.errors import RunError
+from fedloom.models import peft
+from fedloom.runs import evaluate, export
+from fedloom.runs.experiment import experiment
+from fedloom.runs.run_directory import RunDirectory, digest_file, digest_files
+
+
+def adapter_of(run: RunDirectory, client: str | None) -> Path:
+    """The adapter directory of the run, or of one of its clients. Raises RunError if it is not there."""
+    path = run.adapter if client is None else run.path / "clients" / client / "adapter"
+    if (path / "adapter_config.json").is_file():
+        return path
+    if client is None:
+        raise RunError(f"{run.path} has no adapter yet: finish it with `fedloom resume {run.path}`")
+    known = sorted(p.name for p in (run.path / "clients").glob("*"))
+    raise RunError(
+        f"{run.path} holds no model of client {client!r}: "
+        + (f"it has {', '.join(known)}" if known else "its method keeps nothing with the clients")
+    )
+
+
+def evaluate_saved(path: Path, client: str | None = None) -> dict[str, float]:
+    """Metric -> value of a saved adapter on the run's held-out rows."""
+    run = RunDirectory.open(path)
+    adapter = adapter_of(run, client)
+    return evaluate.score(experiment(run.config()), export.read(adapter))
+
+
+def export_saved(path: Path, dest: Path, client: str | None = None, merge: bool = False) -> None:
+    """Copy a saved adapter to `dest`, or write the model with the adapter merged. `dest` must be new or empty."""
+    run = RunDirectory.open(path)
+    adapter = adapter_of(run, client)
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise RunError(f"{dest} exists and is not empty, expected a new or empty directory: choose another name")
+    with disk_errors(dest):
+        if not merge:
+            shutil.copytree(adapter, dest, dirs_exist_ok=True)
+            return
+        e = experiment(run.config())
+        e.trainer.close()  # the model's own layers are merged into
+        work = export.read(adapter)
+        peft.merge(
+            e.base.model,
+            work.train["A"],
+            work.train["B"],
+            work.scale,
+            {},
+            work.train.get("head"),
+            dest,
+            e.base.tokenizer,
+            e.tables.labels or None,
+        )
+
+
+def verify(path: Path) -> list[tuple[str, str | None, str | None]]:
+    """(what, hash in the manifest, hash now) for everything that the manifest hashes."""
+    run = RunDirectory.open(path)
+    expected = run.manifest()["hashes"]
+    e = experiment(run.config())
+    found: dict[str, str | None] = {"config": digest_file(run.config_file), **e.hashes}
+    found["partition"] = partition.digest(partition.load_partition(run.partition_file))
+    found["adapter"] = digest_files(run.adapter) if run.adapter.is_dir() else None
+    return [(name, value, found.get(name)) for name, value in expected.items()]

@@ -1,0 +1,101 @@
+"""What a run file says of method and budgets, checked before anything is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedloom import methods
+from fedloom.checkpoint import disk_errors
+from fedloom.client import BUDGETS, Client
+from fedloom.core import Method
+from fedloom.errors import ConfigError
+from fedloom.runs.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration with its method and the budgets that are cycled over its clients."""
+
+    config: RunConfig
+    method: Method
+    budgets: dict[str, list[Any]]
+    """Field of `Client` -> values."""
+
+    def clients(self, partition: Mapping[str, list[int]]) -> list[Client]:
+        """The clients of a partition, with budgets cycled in the order of their ids."""
+        return [self._client(key, len(rows), i) for i, (key, rows) in enumerate(sorted(partition.items()))]
+
+    def _client(self, key: str, examples: int, i: int) -> Client:
+        return Client(key, examples, **{name: values[i % len(values)] for name, values in self.budgets.items()})
+
+
+def plan(config: RunConfig) -> Plan:
+    """The plan of a configuration. Raises ConfigError for a method, field or budget that is wrong."""
+    lora = {"rank": config.lora.rank, "alpha": config.lora.alpha, "rslora": config.lora.rslora}
+    method = methods.build(config.method.model_dump(), lora)
+    budgets = {name: _budget(config, name, method.rank) for name in BUDGETS}
+    made = Plan(config, method, budgets)
+    for i in range(max(map(len, budgets.values()))):
+        method.check(made._client("any", 1, i))
+    if method.needs_proxy_data and config.task.proxy_data is None:
+        raise ConfigError(f"{method.name} trains on the server in some rounds: name its rows, task.proxy_data")
+    return made
+
+
+def _budget(config: RunConfig, name: str, rank: int) -> list[Any]:
+    key = BUDGETS[name].key
+    value = getattr(config.clients, key)
+    if value is None:
+        return [rank]
+    if isinstance(value, str):
+        return _allocated(config, name, Path(value))
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise ConfigError(f"clients.{key} is an empty list, expected at least one budget")
+    return values
+
+
+def _allocated(config: RunConfig, name: str, path: Path) -> list[float]:
+    """The values that `fedloom allocate` planned, one for each device."""
+    where = f"clients.{BUDGETS[name].key}"
+    try:
+        rates: dict[str, float] = json.loads(path.read_text())[name]
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{where} names the allocation {str(path)!r}, which does not exist: make it with "
+            f"`fedloom allocate FLEET.toml --out {path}`"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{where}: {str(path)!r} is no allocation ({error}), expected JSON with a table {name}"
+        ) from None
+    if config.clients.count is not None and len(rates) != config.clients.count:
+        raise ConfigError(
+            f"{where}: {str(path)!r} plans {len(rates)} devices, expected {config.clients.count} (clients.count)"
+        )
+    return list(rates.values())
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """The configuration with local files and directories as absolute paths, so that a run can be resumed from anywhere."""
+
+    def resolve(name: str | None) -> str | None:
+        if name is None:
+            return None
+        with disk_errors(Path(name)):
+            return str(Path(name).resolve()) if Path(name).exists() else name
+
+    values = config.model_dump()
+    values["model"]["name"] = resolve(config.model.name)
+    for key in ("data", "eval_data", "proxy_data"):
+        values["task"][key] = resolve(values["task"][key])
+    for budget in BUDGETS.values():
+        if isinstance(values["clients"][budget.key], str):
+            values["clients"][budget.key] = resolve(values["clients"][budget.key])
+    if config.network is not None:
+        values["network"] = {key: resolve(name) for key, name in values["network"].items()}
+    return RunConfig.model_validate(values)

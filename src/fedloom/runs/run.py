@@ -1,0 +1,286 @@
+"""Run a configuration, or go on with a run: rounds, records, checkpoints, and a PEFT adapter at the end."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedloom import checkpoint
+from fedloom.checkpoint import ClientStates
+from fedloom.client import Failure
+from fedloom.data import partition
+from fedloom.engine import Engine, Job, Total
+from fedloom.flower.transport import Transport
+from fedloom.loop import Limits, Record, federate, in_order
+from fedloom.runs import evaluate, export, flower_server, radio_cost
+from fedloom.runs.config import RunConfig
+from fedloom.runs.experiment import Experiment, experiment
+from fedloom.runs.plan import absolute
+from fedloom.runs.record import Scores, line
+from fedloom.runs.run_directory import RunDirectory, digest_file, digest_files
+from fedloom.simulation import Simulation
+from fedloom.state import State
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves."""
+
+    path: Path
+    rounds: list[dict[str, Any]]
+    """The records of rounds.jsonl."""
+
+    @property
+    def adapter_dir(self) -> Path:
+        """The PEFT directory."""
+        return self.path / "adapter"
+
+    @property
+    def eval(self) -> dict[str, float]:
+        """The last scores."""
+        return next((r["eval"] for r in reversed(self.rounds) if "eval" in r), {})
+
+
+class Observer:
+    """What is told while a run goes on; this one ignores it."""
+
+    def assembled(self, experiment: Experiment) -> None:
+        """All is loaded; training is about to begin."""
+
+    def round(self, record: dict[str, Any]) -> None:
+        """A round was recorded (also those found when a run is resumed)."""
+
+    def doing(self, what: str) -> None:
+        """What happens next, in a few words."""
+
+
+def start(
+    config: RunConfig, out: Path | None = None, observer: Observer | None = None, transport: Transport | None = None
+) -> Result:
+    """Run a configuration in a new directory (by default the next free one below `runs/`).
+
+    `transport` leads to nodes that are there already; without one, `config.engine` says where clients are.
+    """
+    observer = observer or Observer()
+    config = absolute(config)
+    path = out if out is not None else free_name(config)
+    RunDirectory.require_free(path)
+    # Whatever is wrong with method, data or model is told before anything is written.
+    e = experiment(config, observer.doing)
+    run = RunDirectory.create(path, config)
+    with run.held():
+        return _go(run, e, observer, transport)
+
+
+def resume(path: Path, observer: Observer | None = None, transport: Transport | None = None) -> Result:
+    """Go on with a run from its newest checkpoint: it ends with the same adapter bytes as if it had never stopped."""
+    observer = observer or Observer()
+    run = RunDirectory.open(path)
+    with run.held():
+        if (run.checkpoint / "latest.json").exists() and checkpoint.load(run.checkpoint)[3]:
+            records = run.rounds()
+            for record in records:
+                observer.round(record)
+            return Result(run.path, records)
+        return _go(run, experiment(run.config(), observer.doing), observer, transport)
+
+
+def free_name(config: RunConfig) -> Path:
+    """`runs/METHOD-DATA`, or the first of `-2`, `-3`, ... that does not exist."""
+    data = Path(config.task.data).stem.replace(":", "-")
+    base = Path("runs") / f"{config.method.name.rpartition(':')[2]}-{data}"
+    n = 2
+    path = base
+    while path.exists():
+        path = base.with_name(f"{base.name}-{n}")
+        n += 1
+    return path
+
+
+def _go(run: RunDirectory, e: Experiment, observer: Observer, transport: Transport | None) -> Result:
+    t, state, client_states = -1, State(), ClientStates(run.checkpoint / "kept")
+    if (run.checkpoint / "latest.json").exists():
+        t, state, client_states, _ = checkpoint.load(run.checkpoint)
+    threads = e.config.engine.threads
+    if threads is not None:
+        torch.set_num_threads(threads)
+    here = transport is None and e.config.engine.name == "inprocess"
+    reached = nullcontext(transport) if here or transport is not None else None
+    with reached or flower_server.connected(run, e, observer.doing) as link:
+        return _Run(run, e, observer, client_states, link).go(t, state)
+
+
+class _Run:
+    """One process's part of a run."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        e: Experiment,
+        observer: Observer,
+        client_states: ClientStates,
+        transport: Transport | None,
+    ) -> None:
+        self.run, self.observer = run, observer
+        here = Simulation(
+            e.trainer,
+            e.sites,
+            e.rows_of,
+            client_states=client_states,
+            fresh=e.head,
+            cohort=e.cohort if transport is None else 1,
+            proxy=e.server,
+            secret=e.config.seed,
+            score=lambda work: evaluate.score(e, work),
+            write=lambda client, work: export.write(e, work, run.path / "clients" / client / "adapter"),
+            progress=self._progress,
+        )
+        self.engine: Engine = here
+        if transport is not None:
+            self.engine, e = flower_server.coordinator(transport, run, e, here, observer.doing)
+        self.e = e
+        self.rounds = e.config.train.rounds
+        self.radio = radio_cost.plan(e.config, [c.id for c in e.clients]) if e.config.network is not None else None
+        self._trained = 0
+        self._personal = e.method.personal_models
+
+    def _progress(self, count: int) -> None:
+        self._trained += count
+        self.observer.doing(f"trained {self._trained} clients of this round")
+
+    def go(self, t: int, state: State) -> Result:
+        e, c = self.e, self.e.config
+        records = self.run.keep_rounds(t) if t >= 0 or self.run.rounds_file.exists() else []
+        self._manifest(adapter=None)
+        partition.save(dict(e.partition), self.run.partition_file)
+        self.observer.assembled(e)
+        for record in records:
+            self.observer.round(record)
+        if t < 0:
+            state = e.initial_state()
+            self._record(Record(0), state)
+            checkpoint.save(self.run.checkpoint, 0, state, self.engine.client_states)
+            t = 0
+        self.observer.doing(f"round {t + 1}")
+        state = federate(
+            e.method,
+            self.engine,
+            state,
+            e.clients,
+            self.rounds,
+            start=t + 1,
+            sample=flower_server.sampler(e),
+            limits=Limits(c.clients.max_norm, c.clients.max_ratio, c.engine.quorum),
+            recent_steps=[r["report"]["step_norm"] for r in records if "step_norm" in r["report"]],
+            on_round=self._after,
+        )
+        if e.method.personal_phase:
+            self._personalise(state)
+        self.observer.doing("writing the adapter")
+        export.write(e, e.global_model(state), self.run.adapter)
+        if self._personal:
+            self.engine.export(e.method, self._served(state), self.rounds + 1)
+        self._manifest(adapter=digest_files(self.run.adapter))
+        checkpoint.save(self.run.checkpoint, self.rounds, state, self.engine.client_states, done=True)
+        return Result(self.run.path, self.run.rounds())
+
+    def _after(self, state: State, record: Record) -> None:
+        self._record(record, state)
+        checkpoint.save(self.run.checkpoint, record.t, state, self.engine.client_states)
+        self._trained = 0
+        if record.t < self.rounds:
+            self.observer.doing(f"round {record.t + 1}")
+
+    def _record(self, record: Record, state: State) -> None:
+        """Evaluate if it is time to, and add the round's line to rounds.jsonl."""
+        every = self.e.config.train.evaluate_every
+        due = record.t in (0, self.rounds) or (every > 0 and record.t % every == 0)
+        scores = self._scores(state, record.t) if due else None
+        self._write(record, state, scores)
+
+    def _write(self, record: Record, state: State, scores: Scores | None) -> None:
+        stats = self.engine.stats()
+        train_s = stats.pop("train_s")
+        network = radio_cost.cost(self.radio, record) if self.radio is not None and record.stage == "clients" else None
+        engine = stats if record.t > 0 else None
+        made = line(record, state, scores=scores, train_s=train_s, network=network, engine=engine)
+        self.run.append(made)
+        self.observer.round(made)
+
+    def _scores(self, state: State, t: int) -> Scores:
+        """Of the server's model, or the mean over the clients' own models where there is no common one."""
+        self.observer.doing("evaluating")
+        if self.e.method.personal_models:
+            return self._client_scores(state, t)
+        start = time.perf_counter()
+        values = evaluate.score(self.e, self.e.global_model(state))
+        return Scores(values, "server", seconds=time.perf_counter() - start)
+
+    def _client_scores(self, state: State, t: int, one_by_one: bool = False) -> Scores:
+        start = time.perf_counter()
+        each = self.engine.scores(self.e.method, self._served(state), t)
+        answered = [client for client in self.e.clients if client.id in each]
+        mean = evaluate.mean([each[c.id] for c in answered], [c.examples for c in answered]) if answered else {}
+        return Scores(mean, "clients", each if one_by_one else {}, time.perf_counter() - start)
+
+    def _served(self, state: State) -> Iterator[Job]:
+        """What every client is sent so that it has its own model."""
+        return ((client, self.e.method.serve(state, client)) for client in self.e.clients)
+
+    def _personalise(self, state: State) -> None:
+        """The personal phase: every client trains for itself and uploads nothing. One more line in rounds.jsonl."""
+        record, ids = Record(self.rounds + 1, stage="personal"), [client.id for client in self.e.clients]
+        start = time.perf_counter()
+        for result in in_order(self.engine.personal(self.e.method, self._served(state), record.t), ids):
+            if isinstance(result, Failure):
+                record.dropped[result.client.id] = result.reason
+                record.clients.append(result.client.id)
+            elif not isinstance(result, Total):
+                record.metrics[result.client.id] = result.metrics
+                record.examples[result.client.id] = result.client.examples
+                record.clients.append(result.client.id)
+        record.seconds = time.perf_counter() - start
+        self._personal = True
+        self.observer.doing("evaluating the personal models")
+        self._write(record, state, self._client_scores(state, record.t, one_by_one=True))
+
+    def _manifest(self, adapter: str | None) -> None:
+        e, c = self.e, self.e.config
+        self.run.write_manifest(
+            {
+                "seed": c.seed,
+                "method": {"name": e.method.name, "paper": e.method.paper},
+                "labels": e.tables.labels,
+                "targets": e.targets,
+                "clients": {client.id: _without_id(client.to_dict()) for client in e.clients},
+                "cohort": e.cohort,
+                "environment": {
+                    "device": str(e.device),
+                    "dtype": str(e.dtype).removeprefix("torch."),
+                    "threads": torch.get_num_threads(),
+                },
+                "lora_parameters": sum((m + n) * e.method.rank for m, n in e.sites.values()),
+                "head_parameters": sum(x.numel() for group in e.head.values() for x in group.values()),
+                "versions": versions(),
+                "hashes": {"config": digest_file(self.run.config_file), **e.hashes, "adapter": adapter},
+            }
+        )
+
+
+def _without_id(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != "id"}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries that a result depends on."""
+    from importlib.metadata import version
+
+    packages = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "flwr-datasets")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -1,0 +1,63 @@
+"""Every method ends with the same bytes in this process and through a real SuperLink with two SuperNodes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedloom.flower.transport import GridTransport
+from fedloom.runs import run as runs
+from fedloom.runs.config import parse
+
+from ..methods.cases import RUNS, sections
+
+Settings = Callable[..., dict[str, Any]]
+
+STATELESS = ("ffa_lora", "hetlora", "flexlora", "fedlodrop", "fedlodrop-over-fslora")
+"""Their second round sends and does nothing that the first did not: one is enough, and five seconds less."""
+
+PERSONAL = ("fedsa_lora", "fedlora_optimizer", "feddpa")
+"""Every client ends with a model of its own."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tensors(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.glob("**/adapter_model.safetensors"))}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_same_bytes_in_process_and_through_flower(
+    name: str, settings: Settings, transport: GridTransport, tmp_path: Path
+) -> None:
+    values = settings(
+        **sections(name),
+        train={"rounds": 1 if name in STATELESS else 2, "evaluate_every": 0, "local_steps": 2},
+        engine={"cohort": 1, "deadline_s": 120.0},
+    )
+    config = parse(values, "test")
+    here = runs.start(config, tmp_path / "here")
+    far = runs.start(config, tmp_path / "far", transport=transport)
+
+    assert tensors(tmp_path / "far") == tensors(tmp_path / "here")
+    assert len(tensors(tmp_path / "here")) == (4 if name in PERSONAL else 1)
+    for ours, theirs in zip(here.rounds, far.rounds, strict=True):
+        for key in ("clients", "dropped", "eval", "bytes_up", "bytes_down", "train_loss", "eval_clients"):
+            assert theirs.get(key) == ours.get(key), key
+
+
+def test_the_base_model_was_loaded_once_by_each_node(transport: GridTransport, logs: Path) -> None:
+    for log in sorted(logs.glob("worker-*.log")):
+        said = re.findall(r"process (\d+), base model loaded (\d+) time", log.read_text())
+        assert len(said) > 1 and set(said) == {(said[0][0], "1")}
