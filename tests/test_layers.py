@@ -78,7 +78,7 @@ def test_layers_go_downwards() -> None:
     below = {
         "train": fedloom_("flower", "cli", "runs", "api", "wireless"),
         "data": fedloom_("train", "flower", "cli", "runs", "api", "methods", "wireless"),
-        "models": fedloom_("flower", "cli", "runs", "api", "methods", "wireless"),
+        "models": fedloom_("train", "flower", "cli", "runs", "api", "methods", "wireless"),
         "flower": fedloom_("cli", "runs", "api", "wireless"),
         "runs": fedloom_("cli", "api"),
     }
