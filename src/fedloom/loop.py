@@ -214,9 +214,10 @@ def _mean_of_total(x: Mean, total: Total) -> Averaged:
                 f"{why}: a secure sum needs shapes that the server knows; let the client fill up with zeros"
             )
         own.add(x.lift(client, spec.zeros(want)), x.weight(client))
+    # A role that clients do not sum is the server's own alone, such as the masks of what they hold.
     state = {
-        role: {site: own.value[role][site] + v / weight for site, v in group.items()}
-        for role, group in total.state.items()
+        role: {site: x + total.state[role][site] / weight if role in total.state else x for site, x in group.items()}
+        for role, group in own.value.items()
     }
     return Averaged(state, total.clients, weight)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedloom import directions, lora
+from fedloom import dora, lora
 from fedloom.core import Client, State, Upload, Work
-from fedloom.directions import AXES
+from fedloom.dora import AXES
 from fedloom.errors import ConfigError
 from fedloom.loop import federate, one_round
 from fedloom.methods import build
@@ -141,15 +141,13 @@ def test_global_phase_turns_A_and_leaves_the_rest(convention: str) -> None:
     for site in SITES:
         assert torch.equal(after["B"][site], state["B"][site])
         assert not torch.allclose(after["A"][site], state["A"][site], atol=1e-4)
-        got, was = (directions.split(x["A"][site], dim) for x in (after, state))
+        got, was = (dora.split(x["A"][site], dim) for x in (after, state))
         torch.testing.assert_close(got.magnitude, was.magnitude, rtol=1e-12, atol=1e-14)
         assert not torch.allclose(got.direction, was.direction, atol=1e-4)
     assert all(torch.equal(after["head"][k], x) for k, x in state["head"].items())
     free = method(convention=convention, renorm_direction=False)
     moved, _ = one_round(free, engine(ToyTrainer(steps=5)), state, [CLIENT], 2)
-    assert not torch.allclose(
-        directions.norm(moved["A"]["layers.0.in"], dim), directions.norm(state["A"]["layers.0.in"], dim)
-    )
+    assert not torch.allclose(dora.norm(moved["A"]["layers.0.in"], dim), dora.norm(state["A"]["layers.0.in"], dim))
 
 
 @conventions
@@ -177,7 +175,7 @@ def test_gain_may_flip_a_component_unless_it_must_not() -> None:
     for nonneg, sign in ((False, -1), (True, 0)):
         m = method(nonneg_magnitude=nonneg)
         made = local(m, state)
-        gain: State = {"gain": {s: -2 * directions.norm(x, 0) for s, x in state["B"].items()}}
+        gain: State = {"gain": {s: -2 * dora.norm(x, 0) for s, x in state["B"].items()}}
         _, B = m.adapter(gain, made.fixed)
         torch.testing.assert_close(B["layers.0.in"], sign * state["B"]["layers.0.in"], rtol=1e-12, atol=1e-12)
 
@@ -324,7 +322,7 @@ def test_global_phase_recovers_a_turn_that_all_clients_share() -> None:
     truth = server()
     wrong = {r: dict(g) for r, g in truth.items()}
     noise = torch.randn(4, 6, generator=lora.generator("wrong"), dtype=DOUBLE)
-    wrong["A"][site] = directions.norm(truth["A"][site], 0) * directions.unit(truth["A"][site] + 0.3 * noise, 0)
+    wrong["A"][site] = dora.norm(truth["A"][site], 0) * dora.unit(truth["A"][site] + 0.3 * noise, 0)
     goal = 1.5 * truth["B"][site] @ truth["A"][site]
 
     def distance(state: State) -> float:

@@ -1,4 +1,4 @@
-"""Magnitude and direction of a factor, F = M D, along one axis.
+"""DoRA's split of a factor into magnitude and direction, F = M D, along one axis.
 
 The split is that of DoRA (Liu et al., arXiv 2402.09353, eq. 2): unit vectors and their lengths. Over which axis
 FedLoRA-Optimizer takes the norm is not known, so all four conventions are here.
