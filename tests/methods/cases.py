@@ -524,3 +524,34 @@ def ideal(sent: Sequence[Sent], scale: Callable[[Client], float]) -> Group:
             term = client.examples / total * scale(client) * state["B"][site] @ A
             out[site] = out.get(site, torch.zeros(())) + term
     return out
+
+
+# wrappers over any method
+
+
+def with_tau(client: Client, t: int, received: State) -> tuple[int, int]:
+    """The factors, and up the sum of the learning rates."""
+    return plus_up(factors, 4)(client, t, received)
+
+
+def plus_up(inner: Payload, more: int) -> Payload:
+    """A number or two, up alone."""
+    return lambda client, t, received: (inner(client, t, received)[0], inner(client, t, received)[1] + more)
+
+
+def quantised(bits: int) -> Payload:
+    """Down as ever; up `bits` a number and 4 bytes a tensor, of the head too."""
+
+    def payload(client: Client, t: int, received: State) -> tuple[int, int]:
+        down, _ = factors(client, t, received)
+        sizes = [x.numel() for role in ("A", "B", "head") for x in received[role].values()]
+        return down, sum((n * bits + 7) // 8 + 4 for n in sizes) - HEAD_BYTES
+
+    return payload
+
+
+CASES += [
+    Case("fedprox, product", _of("fedprox", mu=0.5, of="product")),
+    Case("fedprox, product over fslora", _of("fedprox", "fslora", mu=0.5, of="product"), MIXED, payload=_SEED),
+    Case("fedprox, product over feddpa", _of("fedprox", "feddpa", mu=0.5, of="product"), one_phase=False),
+]
