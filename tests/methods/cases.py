@@ -554,4 +554,7 @@ CASES += [
     Case("fedprox, product", _of("fedprox", mu=0.5, of="product")),
     Case("fedprox, product over fslora", _of("fedprox", "fslora", mu=0.5, of="product"), MIXED, payload=_SEED),
     Case("fedprox, product over feddpa", _of("fedprox", "feddpa", mu=0.5, of="product"), one_phase=False),
+    Case("fednova", _of("fednova"), payload=with_tau, replaces=False),
+    Case("fednova over fslora", _of("fednova", "fslora"), MIXED, payload=plus_up(_SEED, 4), replaces=False),
+    Case("fedadam over fednova", _of("fedadam", "fednova", lr=0.02), payload=with_tau, replaces=False),
 ]

@@ -24,6 +24,7 @@ _KNOWN = {
     "feddpa": "feddpa:FedDPA",
     "fedprox": "fedprox:FedProx",
     "scaffold": "scaffold:Scaffold",
+    "fednova": "fednova:FedNova",
     "fedavgm": "fedopt:FedAvgM",
     "fedadagrad": "fedopt:FedAdagrad",
     "fedadam": "fedopt:FedAdam",
