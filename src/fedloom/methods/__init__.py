@@ -25,6 +25,7 @@ _KNOWN = {
     "fedprox": "fedprox:FedProx",
     "scaffold": "scaffold:Scaffold",
     "fednova": "fednova:FedNova",
+    "clip": "clip:Clip",
     "fedavgm": "fedopt:FedAvgM",
     "fedadagrad": "fedopt:FedAdagrad",
     "fedadam": "fedopt:FedAdam",
