@@ -560,4 +560,19 @@ CASES += [
     Case("clip", _of("clip", norm=0.3), replaces=False),
     Case("clip over ffa_lora", _of("clip", "ffa_lora", norm=0.3), MIXED, payload=one_factor(OUTS, 8), replaces=False),
     Case("scaffold over clip", _of("scaffold", "clip"), payload=controlled),
+    Case("quantise", _of("quantise"), payload=quantised(8), each=True, replaces=False),
+    Case(
+        "quantise, 4 bits, stochastic",
+        _of("quantise", bits=4, rounding="stochastic"),
+        payload=quantised(4),
+        each=True,
+        replaces=False,
+    ),
+    Case(
+        "quantise over fedex_lora",
+        _of("quantise", "fedex_lora"),
+        payload=with_offset(quantised(8)),
+        each=True,
+        replaces=False,
+    ),
 ]

@@ -26,6 +26,7 @@ _KNOWN = {
     "scaffold": "scaffold:Scaffold",
     "fednova": "fednova:FedNova",
     "clip": "clip:Clip",
+    "quantise": "quantise:Quantise",
     "fedavgm": "fedopt:FedAvgM",
     "fedadagrad": "fedopt:FedAdagrad",
     "fedadam": "fedopt:FedAdam",
