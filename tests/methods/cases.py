@@ -575,4 +575,10 @@ CASES += [
         each=True,
         replaces=False,
     ),
+    Case("median", _of("median"), each=True),
+    Case("median over ffa_lora", _of("median", "ffa_lora"), MIXED, payload=one_factor(OUTS, 8), each=True),
+    Case("trimmed_mean", _of("trimmed_mean", trim=0.3), each=True),
+    Case("multi_krum", _of("multi_krum"), each=True),
+    Case("norm_filter", _of("norm_filter"), each=True),
+    Case("scaffold over median", _of("scaffold", "median"), payload=controlled, each=True),
 ]
