@@ -80,6 +80,7 @@ class Over(Method):
     over: Method
     """The method under this one."""
 
+    group: ClassVar[str] = "wrappers"
     adds: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ class Clip(Over):
 
     name: ClassVar[str] = "clip"
     paper: ClassVar[str] = "McMahan et al., Differentially Private Recurrent Language Models, arXiv 1710.06963"
+    group: ClassVar[str] = "uploads"
 
     def __post_init__(self) -> None:
         super().__post_init__()

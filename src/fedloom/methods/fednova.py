@@ -29,6 +29,7 @@ class FedNova(Over):
 
     name: ClassVar[str] = "fednova"
     paper: ClassVar[str] = "Wang et al., Tackling the Objective Inconsistency Problem, arXiv 2007.07481"
+    group: ClassVar[str] = "local training"
     adds: ClassVar[tuple[str, ...]] = ("nova_",)
 
     def __post_init__(self) -> None:

@@ -32,6 +32,7 @@ class ServerOptimizer(Over):
     lr: Annotated[float, Gt(0)] = 1.0
     """The server's learning rate."""
 
+    group: ClassVar[str] = "server optimisers"
     adds: ClassVar[tuple[str, ...]] = ("server_m_", "server_v_")
 
     @property
@@ -60,7 +61,7 @@ class ServerOptimizer(Over):
 
 @dataclass(frozen=True, kw_only=True)
 class FedAvgM(ServerOptimizer):
-    """m <- momentum m + Delta, x <- x + lr m; with momentum 0 and lr 1 it is the method under it."""
+    """Momentum on the server: m <- momentum m + Delta, x <- x + lr m; with momentum 0 and lr 1 it is the method under it."""
 
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     """Share of the last step that is added to the next."""
@@ -100,7 +101,7 @@ class Adaptive(ServerOptimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class FedAdagrad(Adaptive):
-    """v_t = v_{t-1} + Delta_t^2."""
+    """Adagrad on the server: v_t = v_{t-1} + Delta_t^2."""
 
     beta1: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Share of the last rounds' mean change that is kept: none in the paper's experiments."""
@@ -114,7 +115,7 @@ class FedAdagrad(Adaptive):
 
 @dataclass(frozen=True, kw_only=True)
 class FedAdam(Adaptive):
-    """v_t = beta2 v_{t-1} + (1 - beta2) Delta_t^2."""
+    """Adam on the server: v_t = beta2 v_{t-1} + (1 - beta2) Delta_t^2."""
 
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.99
     """Share of the last rounds' squared changes that is kept."""
@@ -128,7 +129,7 @@ class FedAdam(Adaptive):
 
 @dataclass(frozen=True, kw_only=True)
 class FedYogi(Adaptive):
-    """v_t = v_{t-1} - (1 - beta2) Delta_t^2 sign(v_{t-1} - Delta_t^2)."""
+    """Yogi on the server: v_t = v_{t-1} - (1 - beta2) Delta_t^2 sign(v_{t-1} - Delta_t^2)."""
 
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.99
     """Share of the last rounds' squared changes that is kept."""

@@ -33,6 +33,7 @@ class FedProx(Over):
 
     name: ClassVar[str] = "fedprox"
     paper: ClassVar[str] = "Li et al., Federated Optimization in Heterogeneous Networks, arXiv 1812.06127"
+    group: ClassVar[str] = "local training"
     adds: ClassVar[tuple[str, ...]] = ("prox_",)
 
     def __post_init__(self) -> None:

@@ -39,6 +39,7 @@ class Quantise(Over):
 
     name: ClassVar[str] = "quantise"
     paper: ClassVar[str] = "Alistarh et al., QSGD, arXiv 1610.02132"
+    group: ClassVar[str] = "uploads"
     adds: ClassVar[tuple[str, ...]] = ("error_", "step_")
 
     def __post_init__(self) -> None:

@@ -28,6 +28,8 @@ from fedloom.state import State
 class RobustMean(Over):
     """What the rules have in common: the uploads one by one, and an answer that stands in for their mean."""
 
+    group: ClassVar[str] = "robust means"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         need_mean(self)

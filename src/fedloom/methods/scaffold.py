@@ -31,6 +31,7 @@ class Scaffold(Over):
 
     name: ClassVar[str] = "scaffold"
     paper: ClassVar[str] = "Karimireddy et al., SCAFFOLD, arXiv 1910.06378"
+    group: ClassVar[str] = "local training"
     adds: ClassVar[tuple[str, ...]] = ("c_",)
 
     def check(self, client: Client) -> None:
