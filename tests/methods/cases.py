@@ -587,3 +587,61 @@ def ideal(sent: Sequence[Sent], scale: Callable[[Client], float]) -> Group:
             term = client.examples / total * scale(client) * state["B"][site] @ A
             out[site] = out.get(site, torch.zeros(())) + term
     return out
+
+
+# wrappers over any method
+
+
+def with_tau(client: Client, t: int, received: State) -> tuple[int, int]:
+    """The factors, and up the sum of the learning rates."""
+    return plus_up(factors, 4)(client, t, received)
+
+
+def plus_up(inner: Payload, more: int) -> Payload:
+    """A number or two, up alone."""
+    return lambda client, t, received: (inner(client, t, received)[0], inner(client, t, received)[1] + more)
+
+
+def quantised(bits: int) -> Payload:
+    """Down as ever; up `bits` a number and 4 bytes a tensor, of the head too."""
+
+    def payload(client: Client, t: int, received: State) -> tuple[int, int]:
+        down, _ = factors(client, t, received)
+        sizes = [x.numel() for role in ("A", "B", "head") for x in received[role].values()]
+        return down, sum((n * bits + 7) // 8 + 4 for n in sizes) - HEAD_BYTES
+
+    return payload
+
+
+CASES += [
+    Case("fedprox, product", _of("fedprox", mu=0.5, of="product")),
+    Case("fedprox, product over fslora", _of("fedprox", "fslora", mu=0.5, of="product"), MIXED, payload=_SEED),
+    Case("fedprox, product over feddpa", _of("fedprox", "feddpa", mu=0.5, of="product"), one_phase=False),
+    Case("fednova", _of("fednova"), payload=with_tau, replaces=False),
+    Case("fednova over fslora", _of("fednova", "fslora"), MIXED, payload=plus_up(_SEED, 4), replaces=False),
+    Case("fedadam over fednova", _of("fedadam", "fednova", lr=0.02), payload=with_tau, replaces=False),
+    Case("clip", _of("clip", norm=0.3), replaces=False),
+    Case("clip over ffa_lora", _of("clip", "ffa_lora", norm=0.3), MIXED, payload=one_factor(OUTS, 8), replaces=False),
+    Case("scaffold over clip", _of("scaffold", "clip"), payload=controlled),
+    Case("quantise", _of("quantise"), payload=quantised(8), each=True, replaces=False),
+    Case(
+        "quantise, 4 bits, stochastic",
+        _of("quantise", bits=4, rounding="stochastic"),
+        payload=quantised(4),
+        each=True,
+        replaces=False,
+    ),
+    Case(
+        "quantise over fedex_lora",
+        _of("quantise", "fedex_lora"),
+        payload=with_offset(quantised(8)),
+        each=True,
+        replaces=False,
+    ),
+    Case("median", _of("median"), each=True),
+    Case("median over ffa_lora", _of("median", "ffa_lora"), MIXED, payload=one_factor(OUTS, 8), each=True),
+    Case("trimmed_mean", _of("trimmed_mean", trim=0.3), each=True),
+    Case("multi_krum", _of("multi_krum"), each=True),
+    Case("norm_filter", _of("norm_filter"), each=True),
+    Case("scaffold over median", _of("scaffold", "median"), payload=controlled, each=True),
+]

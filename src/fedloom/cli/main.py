@@ -121,14 +121,17 @@ def export(
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method.")] = None) -> None:
-    """The table of methods, or one method's fields, defaults and paper.
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """The methods: what each sends, keeps and needs; or one method's fields, defaults and paper.
 
     Example: fedloom methods fslora
     """
     from fedloom.cli import tables
 
-    tables.print_methods(out, name)
+    tables.print_methods(out, name, json)
 
 
 @app.command()

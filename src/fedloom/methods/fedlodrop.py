@@ -40,6 +40,7 @@ class FedLoDrop(Over):
 
     name: ClassVar[str] = "fedlodrop"
     paper: ClassVar[str] = "Xie et al., FedLoDrop: Federated LoRA with Dropout, arXiv 2510.12078"
+    group: ClassVar[str] = "sub-adapters"
     budgets: ClassVar[frozenset[str]] = frozenset({"keep"})
     adds: ClassVar[tuple[str, ...]] = ("mask",)
 

@@ -27,6 +27,7 @@ class FlexLoRA(LoRA):
     paper: ClassVar[str] = (
         "Bai et al., Federated Fine-tuning under Heterogeneous Tasks and Client Resources, arXiv 2402.11505"
     )
+    group: ClassVar[str] = "unequal ranks"
     budgets: ClassVar[frozenset[str]] = frozenset({"rank"})
 
     def _scale(self, rank: int) -> float:

@@ -44,6 +44,7 @@ class FSLoRA(Over):
 
     name: ClassVar[str] = "fslora"
     paper: ClassVar[str] = "Fang et al., Federated Sketching LoRA, arXiv 2501.19389"
+    group: ClassVar[str] = "sub-adapters"
     budgets: ClassVar[frozenset[str]] = frozenset({"rank"})
     adds: ClassVar[tuple[str, ...]] = ("sketch", "idle")
 
