@@ -232,6 +232,36 @@ CASES = [
 ]
 """Every method, each of its options at least once, and the compositions."""
 
+
+def merged(seed: int) -> Payload:
+    """The offset that the client received and a seed down; both factors at its own rank up."""
+
+    def payload(client: Client, t: int, received: State) -> tuple[int, int]:
+        offset = sum(4 * x.numel() for role in ("left", "right") for x in received.get(role, {}).values())
+        return offset + seed, factors(client, t, received)[1]
+
+    return payload
+
+
+def plus_offset(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Both factors; the offset that the client received down besides."""
+    down, up = factors(client, t, received)
+    return down + merged(0)(client, t, received)[0], up
+
+
+# Sums of products: where the tail goes.
+CASES += [
+    Case("flora", _of("flora"), MIXED, payload=merged(8)),
+    Case("flora, rslora", _of("flora"), MIXED, payload=merged(8), rslora=True),
+    Case("florist", _of("florist", energy=1.0), MIXED, payload=merged(8)),
+    Case("florist, continue", _of("florist", start="continue", energy=1.0), MIXED),
+    Case("fedmomentum", _of("fedmomentum"), payload=plus_offset),
+    Case("fedmomentum, less energy", _of("fedmomentum", energy=0.9), payload=plus_offset),
+    Case("eclora", _of("eclora"), MIXED),
+    Case("flexlora, error", _of("flexlora", tail="error"), MIXED),
+    Case("flexlora, server", _of("flexlora", tail="server"), MIXED),
+]
+
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {name: (_of(name), {}) for name in names()} | {
     "hetlora": (_of("hetlora"), {"ranks": [1, 2, 4]}),
     "flexlora": (_of("flexlora"), {"ranks": [1, 2, 4]}),

@@ -28,6 +28,10 @@ _KNOWN = {
     "fedadagrad": "fedopt:FedAdagrad",
     "fedadam": "fedopt:FedAdam",
     "fedyogi": "fedopt:FedYogi",
+    "flora": "flora:FLoRA",
+    "florist": "florist:FLoRIST",
+    "fedmomentum": "fedmomentum:FedMomentum",
+    "eclora": "flexlora:ECLoRA",
 }
 
 
