@@ -262,6 +262,21 @@ CASES += [
     Case("flexlora, server", _of("flexlora", tail="server"), MIXED),
 ]
 
+
+def whole_down(client: Client, t: int, received: State) -> tuple[int, int]:
+    """All ranks of both factors and a seed down, the client's own ranks up."""
+    return 4 * RANK * (OUTS + INS) + 8, factors(client, t, received)[1]
+
+
+# Unequal ranks.
+CASES += [
+    Case("zero_padding", _of("zero_padding"), MIXED),
+    Case("replication_padding", _of("replication_padding"), MIXED),
+    Case("raflora", _of("raflora"), MIXED),
+    Case("raflora, rslora", _of("raflora"), MIXED, rslora=True),
+    Case("fed_plora", _of("fed_plora"), MIXED, payload=whole_down),
+]
+
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {name: (_of(name), {}) for name in names()} | {
     "hetlora": (_of("hetlora"), {"ranks": [1, 2, 4]}),
     "flexlora": (_of("flexlora"), {"ranks": [1, 2, 4]}),

@@ -32,6 +32,10 @@ _KNOWN = {
     "florist": "florist:FLoRIST",
     "fedmomentum": "fedmomentum:FedMomentum",
     "eclora": "flexlora:ECLoRA",
+    "zero_padding": "zero_padding:ZeroPadding",
+    "replication_padding": "zero_padding:ReplicationPadding",
+    "raflora": "raflora:RaFLoRA",
+    "fed_plora": "fed_plora:FedPLoRA",
 }
 
 

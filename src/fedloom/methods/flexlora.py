@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge
+from torch import Tensor
 
 from fedloom import lora, slices
 from fedloom.core import Client, Each, Round, Visit, Work
@@ -25,8 +26,30 @@ from fedloom.state import State, only
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlexLoRA(LoRA):
-    """Server state: A = Vh and B = U S at the largest rank, at scale 1."""
+class Redistributed(LoRA):
+    """Server state: A = Vh and B = U S at the largest rank, at scale 1; a client trains the leading ranks, at its own scale."""
+
+    budgets: ClassVar[frozenset[str]] = frozenset({"rank"})
+
+    def scale_of(self, client: Client) -> float:
+        """The client's own scale (as FlexLoRA's official code, which fixes alpha at 16): the server divides by it."""
+        return lora.scale(self.alpha, client.rank, self.rslora)
+
+    def leading(self, S: Tensor) -> int:
+        """How many of a sum's singular values the adapter holds."""
+        return min(self.rank, len(S))
+
+    def serve(self, state: State, client: Client) -> State:
+        sent = slices.take(only(state, "A", "B", "head"), slices.prefix(state, client.rank))
+        return sent | {"B": {site: x / self.scale_of(client) for site, x in sent["B"].items()}}
+
+    def model(self, received: State, own: State, visit: Visit) -> Work:
+        return Work(train=received, scale=self.scale_of(visit.client))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlexLoRA(Redistributed):
+    """A, B <- the leading directions of D; `tail` says what becomes of the others."""
 
     tail: Literal["drop", "error", "server"] = "drop"
     """Where the sum goes beyond `rank`. `drop`: it is lost, as in the paper: directions that few clients hold fade, by their
@@ -37,38 +60,21 @@ class FlexLoRA(LoRA):
     paper: ClassVar[str] = (
         "Bai et al., Federated Fine-tuning under Heterogeneous Tasks and Client Resources, arXiv 2402.11505"
     )
-    budgets: ClassVar[frozenset[str]] = frozenset({"rank"})
-
-    def _scale(self, client: Client) -> float:
-        # The client's own scale (as the official code, which fixes alpha at 16): the server divides by it.
-        return lora.scale(self.alpha, client.rank, self.rslora)
-
-    @property
-    def _most(self) -> int | None:
-        return None
 
     async def server(self, state: State, round: Round) -> State:
-        total = await products.summed(Each(send=lambda client: self.serve(state, client)), self._scale)
-        kept, tail = products.cut(products.with_rest(total, state, self.tail), lambda S: min(self.rank, len(S)))
-        rest = products.placed(tail, state, self.tail, self._most)
+        total = await products.summed(Each(send=lambda client: self.serve(state, client)), self.scale_of)
+        kept, tail = products.cut(products.with_rest(total, state, self.tail), self.leading)
+        rest = products.placed(tail, state, self.tail)
         return state | products.adapter(kept, state["A"]) | rest | total.head
-
-    def serve(self, state: State, client: Client) -> State:
-        sent = slices.take(only(state, "A", "B", "head"), slices.prefix(state, client.rank))
-        return sent | {"B": {site: x / self._scale(client) for site, x in sent["B"].items()}}
-
-    def model(self, received: State, own: State, visit: Visit) -> Work:
-        return Work(train=received, scale=self._scale(visit.client))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ECLoRA(FlexLoRA):
+class ECLoRA(Redistributed):
     """FlexLoRA with error feedback: nothing of a sum is lost, it comes later.
 
     The official code trains at scale 1 whatever the rank (alpha_k = r_k): here the run's alpha decides.
     """
 
-    tail: Literal["error"] = "error"
     error_rank: Annotated[int, Ge(1)] = 256
     """The server keeps that many leading directions of the error; the paper has no bound. It costs the server time and memory
     alone."""
@@ -79,6 +85,8 @@ class ECLoRA(FlexLoRA):
         "doi 10.1109/tnnls.2025.3586545"
     )
 
-    @property
-    def _most(self) -> int | None:
-        return self.error_rank
+    async def server(self, state: State, round: Round) -> State:
+        total = await products.summed(Each(send=lambda client: self.serve(state, client)), self.scale_of)
+        kept, tail = products.cut(products.with_rest(total, state, "error"), self.leading)
+        error = products.placed(tail, state, "error", most=self.error_rank)
+        return state | products.adapter(kept, state["A"]) | error | total.head

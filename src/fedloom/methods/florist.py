@@ -1,8 +1,9 @@
 """FLoRIST: FLoRA with the stack cut, layer by layer, to the directions that hold most of its energy.
 
 Ramesh and Dass, "FLoRIST: Singular Value Thresholding for Efficient and Accurate Federated Fine-Tuning of Large Language
-Models", MLSys 2026, arXiv 2506.09199, algorithm 1: with D = sum_k p_k s_k B_k A_k = U S V', keep the smallest p with sum_{i<=p} S_i^2 >= energy
-sum_i S_i^2; every client merges U_p S_p V_p' and starts afresh. The two thin SVDs of the paper are two QRs here: same result.
+Models", MLSys 2026, arXiv 2506.09199, algorithm 1: with D = sum_k p_k s_k B_k A_k = U S V', keep the smallest p with
+sum_{i<=p} S_i^2 >= energy sum_i S_i^2; every client merges U_p S_p V_p' and starts afresh. The paper's
+two thin SVDs are two QRs here: same result.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from annotated_types import Gt, Le
 
-from fedloom import lora, slices
+from fedloom import lora
 from fedloom.core import Client, Each, Round, Visit, Work
 from fedloom.methods import products
+from fedloom.methods.flexlora import FlexLoRA
 from fedloom.methods.flora import FLoRA, own_rank
-from fedloom.state import Sites, State, only
+from fedloom.state import Sites, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +50,13 @@ class FLoRIST(FLoRA):
         return state | products.adapter(kept, state["A"]) | total.head
 
     def serve(self, state: State, client: Client) -> State:
-        if self.start == "fresh":
-            return super().serve(state, client)
-        sent = slices.take(only(state, "A", "B", "head"), slices.prefix(state, client.rank))
-        return sent | {"B": {site: x / self.scale_of(client) for site, x in sent["B"].items()}}
+        return super().serve(state, client) if self.start == "fresh" else self._continued.serve(state, client)
 
     def model(self, received: State, own: State, visit: Visit) -> Work:
         if self.start == "fresh":
             return super().model(received, own, visit)
-        return Work(train=received, scale=self.scale_of(visit.client))
+        return self._continued.model(received, own, visit)
+
+    @property
+    def _continued(self) -> FlexLoRA:
+        return FlexLoRA(rank=self.rank, alpha=self.alpha, rslora=self.rslora)

@@ -86,7 +86,7 @@ def adapter(kept: Triplets, A: Group, power: float = 1.0) -> State:
     """
     after: State = {"A": {}, "B": {}}
     for site, (U, S, Vh) in kept.items():
-        filled = int((S > S[:1] * torch.finfo(S.dtype).eps * len(S)).sum())
+        filled = int((S / S[:1] > torch.finfo(S.dtype).eps * len(S)).sum())
         U, S, Vh = U[:, :filled], S[:filled], Vh[:filled]
         after["A"][site] = torch.cat([(S ** (1 - power))[:, None] * Vh, A[site][filled:]])
         after["B"][site] = pad(U * S**power, (0, len(A[site]) - filled))
