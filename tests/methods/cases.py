@@ -268,8 +268,31 @@ def whole_down(client: Client, t: int, received: State) -> tuple[int, int]:
     return 4 * RANK * (OUTS + INS) + 8, factors(client, t, received)[1]
 
 
+def chosen_ranks(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Both factors whole down; up the client's number of ranks over all layers of one of them and their indices, at most."""
+    largest = max(m if t % 2 else n for m, n in SITES.values())
+    return 4 * RANK * (OUTS + INS), client.rank * len(SITES) * 4 * (largest + 1)
+
+
+def with_magnitudes(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Both factors and a magnitude for each rank, both ways."""
+    down, up = factors(client, t, received)
+    return down + 4 * client.rank * len(SITES), up + 4 * client.rank * len(SITES)
+
+
 # Unequal ranks.
 CASES += [
+    Case("lora_a2", _of("lora_a2", probe_steps=2), MIXED, payload=chosen_ranks, client_chooses=True, one_phase=False),
+    Case(
+        "lora_a2, head",
+        _of("lora_a2", train_head=True, lr_ratio=1.0),
+        MIXED,
+        payload=chosen_ranks,
+        client_chooses=True,
+        one_phase=False,
+    ),
+    Case("fedrora", _of("fedrora", lr_ratio=5.0), MIXED, payload=with_magnitudes),
+    Case("fedrora, head, signed", _of("fedrora", train_head=True, top="signed", lr_ratio=5.0), MIXED, payload=with_magnitudes),
     Case("zero_padding", _of("zero_padding"), MIXED),
     Case("replication_padding", _of("replication_padding"), MIXED),
     Case("raflora", _of("raflora"), MIXED),

@@ -36,6 +36,8 @@ _KNOWN = {
     "replication_padding": "zero_padding:ReplicationPadding",
     "raflora": "raflora:RaFLoRA",
     "fed_plora": "fed_plora:FedPLoRA",
+    "lora_a2": "lora_a2:LoRAA2",
+    "fedrora": "fedrora:FedRoRA",
 }
 
 
