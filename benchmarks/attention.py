@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py
 
-Milliseconds of processor time for 2,048 tokens, 12 heads of 32, on one thread, best of 20. `fedloom.train.attention.choose`
+Milliseconds of processor time for 2,048 tokens, 12 heads of 32, on one thread, best of 20. `fedloom.train.kernels.packed_attention.choose`
 follows this table.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedloom.train.attention import plain
+from fedloom.train.kernels.packed_attention import plain
 
 
 def best(run: Callable[[], object]) -> float:

@@ -20,8 +20,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from machine import describe
-
 from fedloom.engines.link import Reply
 from fedloom.engines.local import (
     Keeper,
@@ -36,11 +34,13 @@ from fedloom.engines.local import (
 )
 from fedloom.engines.remote import Remote
 from fedloom.engines.worker import Worker
-from fedloom.runs import remote, session
 from fedloom.runs.assemble import Parts
-from fedloom.runs.config import RunConfig, parse
 from fedloom.runs.directory import RunDirectory
 from fedloom.runs.node import share
+from machine import describe
+
+from fedloom.runs import remote, session
+from fedloom.runs.config import RunConfig, parse
 
 
 class Relay:

@@ -26,13 +26,13 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 import numpy as np
 import torch
 from datasets import Dataset
+from fedloom.data.text import Encoded, collate, encode_labelled, schedule
 from machine import describe
 from peft import LoraConfig, TaskType, get_peft_model
 
 from fedloom import lora
 from fedloom.core import Client, State, Work
 from fedloom.data import packaged
-from fedloom.data.text import Encoded, collate, encode_labelled, schedule
 from fedloom.methods.fedit import FedIT
 from fedloom.models.huggingface import default_targets, find_sites, load_base
 from fedloom.train.optim import Settings

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from fedloom import checkpoint
-from fedloom.checkpoint import Kept
-from fedloom.core import State
+from fedloom.checkpoint import ClientStates
 from fedloom.errors import RunError
+from fedloom.state import State
 
 
 def state(t: int) -> State:
@@ -39,7 +39,7 @@ def own(k: str, t: int) -> State:
     return {"B": {"s": torch.full((2, 2), float(10 * t + ord(k)))}}
 
 
-def save(folder: Path, t: int, kept: Kept) -> None:
+def save(folder: Path, t: int, kept: ClientStates) -> None:
     for k in "ab":
         kept.put(k, own(k, t), t)
     checkpoint.save(folder, t, state(t), kept)
@@ -59,7 +59,7 @@ def check(folder: Path, *rounds: int) -> int:
 
 def test_round_trip(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "checkpoint"
-    kept = Kept(folder / "kept")
+    kept = ClientStates(folder / "kept")
     assert kept.get("a") is None and kept.clients() == []
     save(folder, 3, kept)
     assert check(folder, 3) == 3
@@ -77,26 +77,26 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_tensors_that_are_not_contiguous_or_views_of_one(tmp_path: Path) -> None:
     x = torch.arange(12.0)
     given: State = {"A": {"s": x[:6].view(2, 3)}, "B": {"s": x[6:].view(2, 3).T}}
-    checkpoint.save(tmp_path, 1, given, Kept())
+    checkpoint.save(tmp_path, 1, given, ClientStates())
     assert same(checkpoint.load(tmp_path)[1], given)
 
 
 def test_the_same_state_is_the_same_bytes(tmp_path: Path) -> None:
     for name in "xy":
-        checkpoint.save(tmp_path / name, 1, state(1), Kept())
+        checkpoint.save(tmp_path / name, 1, state(1), ClientStates())
     files = [(tmp_path / name / "state-000001.safetensors").read_bytes() for name in "xy"]
     assert files[0] == files[1]
 
 
 def test_done_is_told_apart(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, 2, state(2), Kept())
-    checkpoint.save(tmp_path, 2, state(2), Kept(), done=True)
+    checkpoint.save(tmp_path, 2, state(2), ClientStates())
+    checkpoint.save(tmp_path, 2, state(2), ClientStates(), done=True)
     assert checkpoint.load(tmp_path)[0] == 2 and checkpoint.load(tmp_path)[3]
     assert [path.name for path in tmp_path.glob("state-*")] == ["state-000002-done.safetensors"]
 
 
 def test_in_memory(tmp_path: Path) -> None:
-    kept = Kept()
+    kept = ClientStates()
     kept.put("b", own("b", 1), 1)
     kept.put("a", {}, 1)
     stored = kept.get("b")
@@ -104,8 +104,23 @@ def test_in_memory(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_is_staged_counts_once_it_is_committed(tmp_path: Path, on_disk: bool) -> None:
+    kept = ClientStates(tmp_path / "kept" if on_disk else None)
+    kept.stage("a", own("a", 1), 1)
+    assert kept.get("a") is None and kept.clients() == []
+    kept.discard()
+    kept.commit()
+    assert kept.get("a") is None, "a round that did not end leaves nothing"
+    kept.stage("a", own("a", 2), 2)
+    kept.commit()
+    kept.stage("a", own("a", 3), 3)
+    stored = kept.get("a")
+    assert stored is not None and same(stored, own("a", 2))
+
+
 def test_what_was_kept_since_the_checkpoint_does_not_count(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "kept")
+    kept = ClientStates(tmp_path / "kept")
     save(tmp_path, 1, kept)
     kept.put("a", own("a", 2), 2)
     assert check(tmp_path, 1) == 1
@@ -113,7 +128,7 @@ def test_what_was_kept_since_the_checkpoint_does_not_count(tmp_path: Path) -> No
 
 def test_reading_does_not_disturb_a_run_that_is_writing(tmp_path: Path) -> None:
     """Between a state's file and the `latest.json` that names it, someone else may look at the run."""
-    kept = Kept(tmp_path / "kept")
+    kept = ClientStates(tmp_path / "kept")
     save(tmp_path, 1, kept)
     real = checkpoint.write_json
 
@@ -190,7 +205,7 @@ def interrupt(patch: pytest.MonkeyPatch, nth: int, error: Callable[[], BaseExcep
 
 def attempt(folder: Path, nth: int, error: Callable[[], BaseException], kind: type[BaseException]) -> bool:
     """Save round 2 over round 1 and fail at the nth call; whether it was reached."""
-    kept = Kept(folder / "kept")
+    kept = ClientStates(folder / "kept")
     save(folder, 1, kept)
     with pytest.MonkeyPatch.context() as patch:
         calls = interrupt(patch, nth, error)
@@ -251,7 +266,7 @@ def test_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_another_format(tmp_path: Path) -> None:
-    save(tmp_path, 1, Kept(tmp_path / "kept"))
+    save(tmp_path, 1, ClientStates(tmp_path / "kept"))
     meta = json.loads((tmp_path / "latest.json").read_text())
     (tmp_path / "latest.json").write_text(json.dumps(meta | {"format": 99}))
     with pytest.raises(RunError, match="format 99, expected 1: use the fedloom version that wrote it"):
@@ -260,14 +275,14 @@ def test_another_format(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"format": 1}', "\udcff"], ids=repr)
 def test_damaged_pointer(tmp_path: Path, text: str) -> None:
-    save(tmp_path, 1, Kept(tmp_path / "kept"))
+    save(tmp_path, 1, ClientStates(tmp_path / "kept"))
     (tmp_path / "latest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(RunError, match=r"latest\.json"):
         checkpoint.load(tmp_path)
 
 
 def test_damaged_or_missing_state(tmp_path: Path) -> None:
-    save(tmp_path, 1, Kept(tmp_path / "kept"))
+    save(tmp_path, 1, ClientStates(tmp_path / "kept"))
     file = tmp_path / "state-000001.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -280,7 +295,7 @@ def test_damaged_or_missing_state(tmp_path: Path) -> None:
 
 
 def test_damaged_or_missing_kept_state(tmp_path: Path) -> None:
-    save(tmp_path, 1, Kept(tmp_path / "kept"))
+    save(tmp_path, 1, ClientStates(tmp_path / "kept"))
     file = tmp_path / "kept" / "a-000001.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
     kept = checkpoint.load(tmp_path)[2]

@@ -88,12 +88,29 @@ def test_layers_go_downwards() -> None:
                 assert not within(name, *forbidden), f"{path.name} imports {name}"
 
 
+def test_the_reader_of_toml_files_stands_on_errors_alone() -> None:
+    for name in imports(SOURCE / "toml.py"):
+        assert not within(name, "torch", "numpy", "transformers", "flwr"), name
+        assert not within(name, "fedloom") or within(name, "fedloom.errors"), name
+
+
 @pytest.mark.parametrize("path", sorted((SOURCE / "wireless").rglob("*.py")), ids=lambda path: path.stem)
 def test_wireless_stands_alone(path: Path) -> None:
     for name in imports(path):
         assert not within(name, "torch", "transformers", "flwr"), name
         if within(name, "fedloom"):
-            assert within(name, "fedloom.wireless", "fedloom.errors"), name
+            assert within(name, "fedloom.wireless", "fedloom.errors", "fedloom.toml"), name
+
+
+def test_rooms_of_the_planner_go_downwards() -> None:
+    above = [f"fedloom.wireless.{name}" for name in ("diagnosis", "allocate", "replay", "show")]
+    below = {"system": ["fedloom.wireless.solvers", *above], "solvers": above, "": ["fedloom.wireless.show"]}
+    for room, forbidden in below.items():
+        found = sorted((SOURCE / "wireless" / room).glob("*.py"))
+        assert found, room
+        for path in found:
+            for name in ours(path):
+                assert not within(name, *forbidden), f"{path.name} imports {name}"
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 
 from fedloom import slices
-from fedloom.core import State
 from fedloom.slices import Cut
+from fedloom.state import State
 
 
 def state() -> State:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.engines.link import GridLink
-from fedloom.engines.local import Deployment
+from fedloom.flower.sandbox import Deployment
+from fedloom.flower.transport import GridTransport
+from fedloom.runs.flower_node import local_worker
 
 
 @pytest.fixture(scope="package")
@@ -17,9 +18,9 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package")
-def link(logs: Path) -> Iterator[GridLink]:
+def transport(logs: Path) -> Iterator[GridTransport]:
     pytest.importorskip("flwr")
-    with Deployment(2, logs, threads=1) as deployment:
-        link = deployment.connect()
-        yield link
-        link.close()
+    with Deployment(2, logs, lambda path: local_worker(path, 1)) as deployment:
+        transport = deployment.connect()
+        yield transport
+        transport.close()

@@ -17,9 +17,6 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
-
-from fedloom import checkpoint
-from fedloom.core import Engine, Failure, Job, Method, State, Upload
 from fedloom.engines import keeper
 from fedloom.engines.envelope import unpack
 from fedloom.engines.inprocess import InProcess
@@ -35,12 +32,15 @@ from fedloom.engines.local import (
     wait_for_port,
     worker,
 )
+from fedloom.runs.assemble import Parts
+from fedloom.runs.directory import RunDirectory
+
+from fedloom import checkpoint
+from fedloom.core import Engine, Failure, Job, Method, State, Upload
 from fedloom.errors import RoundError
 from fedloom.loop import federate
 from fedloom.runs import session
-from fedloom.runs.assemble import Parts
 from fedloom.runs.config import RunConfig, parse
-from fedloom.runs.directory import RunDirectory
 
 from .middleman import Middleman
 

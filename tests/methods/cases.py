@@ -131,10 +131,18 @@ class Case:
     """A visit trains what it sends, in one work."""
     learns: bool = True
     """Six rounds of the toy lower its loss."""
+    each: bool = False
+    """The server reads every upload, in some round: no sum will do."""
+    replaces: bool = True
+    """What one client trained is the next state; a server optimiser moves towards it instead."""
+
+    def lora(self) -> dict[str, Any]:
+        """[lora]. Alpha is not the rank, so that a forgotten scale shows."""
+        return {"rank": self.rank, "alpha": 6.0, "rslora": self.rslora}
 
     def method(self, **more: Any) -> Method:
-        """Alpha is not the rank, so that a forgotten scale shows."""
-        return build({**self.table, **more}, {"rank": self.rank, "alpha": 6.0, "rslora": self.rslora})
+        """The method of the table, with fields changed."""
+        return build({**self.table, **more}, self.lora())
 
     def clients(self) -> list[Client]:
         """Clients of different sizes."""
@@ -160,22 +168,23 @@ CASES = [
     Case("ffa_lora", _of("ffa_lora"), MIXED, payload=one_factor(OUTS, 8)),
     Case("ffa_lora, orthonormal", _of("ffa_lora", a_init="orthonormal"), payload=one_factor(OUTS, 8)),
     Case("fedsa_lora", _of("fedsa_lora"), payload=one_factor(INS), head=False),
-    Case("hetlora", _of("hetlora", gamma=0.7, tail_weight=0.1), MIXED, payload=pruned, client_chooses=True),
-    Case("hetlora, no pruning", _of("hetlora", prune=False), MIXED, payload=pruned),
-    Case("flexlora", _of("flexlora"), MIXED),
-    Case("flexlora, rslora", _of("flexlora"), MIXED, rslora=True),
-    Case("fedex_lora", _of("fedex_lora"), payload=with_offset(factors)),
-    Case("fedex_lora, rank 1", _of("fedex_lora"), payload=with_offset(factors, 1), rank=1),
+    Case("hetlora", _of("hetlora", gamma=0.7, tail_weight=0.1), MIXED, payload=pruned, client_chooses=True, each=True),
+    Case("hetlora, no pruning", _of("hetlora", prune=False), MIXED, payload=pruned, each=True),
+    Case("flexlora", _of("flexlora"), MIXED, each=True),
+    Case("flexlora, rslora", _of("flexlora"), MIXED, rslora=True, each=True),
+    Case("fedex_lora", _of("fedex_lora"), payload=with_offset(factors), each=True),
+    Case("fedex_lora, rank 1", _of("fedex_lora"), payload=with_offset(factors, 1), rank=1, each=True),
     Case("fslora", _of("fslora"), MIXED, payload=_SEED),
     Case("fslora, rslora, by examples", _of("fslora", weights="examples"), MIXED, payload=_SEED, rslora=True),
     Case("fslora, balanced", _of("fslora", sketch="balanced"), MIXED, payload=plus_down(factors, 16)),
     Case("fslora, importance", _of("fslora", sketch="importance"), MIXED, payload=importance),
-    Case("fslora over fedex_lora", _of("fslora", "fedex_lora"), MIXED, payload=with_offset(_SEED)),
+    Case("fslora over fedex_lora", _of("fslora", "fedex_lora"), MIXED, payload=with_offset(_SEED), each=True),
     Case(
         "fslora, importance over fedex_lora",
         _of("fslora", "fedex_lora", sketch="importance"),
         MIXED,
         payload=with_offset(importance),
+        each=True,
     ),
     Case("fedlodrop", _of("fedlodrop"), keeps=KEEPS, payload=kept_part(8)),
     Case(
@@ -188,46 +197,55 @@ CASES = [
     Case("fedlodrop, count", _of("fedlodrop", aggregation="count"), keeps=KEEPS, payload=kept_part(8)),
     Case("fedlodrop, official code", _of("fedlodrop", mode="official_code"), keeps=KEEPS),
     Case("fedlodrop over fslora", _of("fedlodrop", "fslora"), MIXED, KEEPS, kept_part(16)),
-    Case("fedlodrop over flexlora", _of("fedlodrop", "flexlora"), MIXED, KEEPS, kept_part(8)),
-    Case("fedlodrop over fedex_lora", _of("fedlodrop", "fedex_lora"), {}, KEEPS, with_offset(kept_part(8))),
+    Case("fedlodrop over flexlora", _of("fedlodrop", "flexlora"), MIXED, KEEPS, kept_part(8), each=True),
+    Case("fedlodrop over fedex_lora", _of("fedlodrop", "fedex_lora"), {}, KEEPS, with_offset(kept_part(8)), each=True),
     Case(
         "fedlodrop, count over fedex_lora",
         _of("fedlodrop", "fedex_lora", aggregation="count"),
         {},
         KEEPS,
         with_offset(kept_part(8)),
+        each=True,
     ),
     Case("fedlodrop, official code over fslora", _of("fedlodrop", "fslora", mode="official_code"), MIXED, KEEPS, _SEED),
-    Case("fedlora_optimizer", _of("fedlora_optimizer"), payload=turns),
+    Case("fedlora_optimizer", _of("fedlora_optimizer"), payload=turns, each=True),
     Case(
         "fedlora_optimizer, factors, row",
         _of("fedlora_optimizer", average="factors", convention="row"),
         payload=turns,
+        each=True,
     ),
     Case(
-        "fedlora_optimizer, rank", _of("fedlora_optimizer", convention="rank", lambda_global=0.1), payload=turns
+        "fedlora_optimizer, rank",
+        _of("fedlora_optimizer", convention="rank", lambda_global=0.1),
+        payload=turns,
+        each=True,
     ),
     Case(
         "fedlora_optimizer, feature, no turns",
         _of("fedlora_optimizer", convention="feature", global_phase="none", renorm_after_average=False),
+        each=True,
     ),
-    Case("fedlora_optimizer, proxy data", _of("fedlora_optimizer", **_OPTIMIZER), payload=turns),
+    Case("fedlora_optimizer, proxy data", _of("fedlora_optimizer", **_OPTIMIZER), payload=turns, each=True),
     Case("feddpa", _of("feddpa", mix=0.3), one_phase=False),
     Case("fedprox", _of("fedprox", mu=0.5)),
     Case("fedprox over fslora", _of("fedprox", "fslora", mu=0.5), MIXED, payload=_SEED),
     Case("scaffold", _of("scaffold"), payload=controlled),
-    Case("scaffold over fedex_lora", _of("scaffold", "fedex_lora"), payload=with_offset(controlled)),
-    Case("fedavgm", _of("fedavgm", momentum=0.5)),
-    Case("fedadagrad", _of("fedadagrad", lr=0.05)),
-    Case("fedadam", _of("fedadam", lr=0.02)),
-    Case("fedadam over ffa_lora", _of("fedadam", "ffa_lora", lr=0.02), MIXED, payload=one_factor(OUTS, 8)),
-    Case("fedyogi", _of("fedyogi", lr=0.02)),
+    Case("scaffold over fedex_lora", _of("scaffold", "fedex_lora"), payload=with_offset(controlled), each=True),
+    Case("fedavgm", _of("fedavgm", momentum=0.5), replaces=False),
+    Case("fedadagrad", _of("fedadagrad", lr=0.05), replaces=False),
+    Case("fedadam", _of("fedadam", lr=0.02), replaces=False),
+    Case(
+        "fedadam over ffa_lora", _of("fedadam", "ffa_lora", lr=0.02), MIXED, payload=one_factor(OUTS, 8), replaces=False
+    ),
+    Case("fedyogi", _of("fedyogi", lr=0.02), replaces=False),
     Case(
         "fedadam over fedprox over fedlodrop over fslora",
         _of("fedadam", _of("fedprox", _of("fedlodrop", "fslora"), mu=0.1), lr=0.02),
         MIXED,
         KEEPS,
         kept_part(16),
+        replaces=False,
     ),
 ]
 """Every method, each of its options at least once, and the compositions."""
@@ -360,7 +378,8 @@ def update(work: Work, train: State | None = None) -> Group:
     """What a work adds to each frozen weight, dense: offset + scale * B @ A."""
     made = work.adapter(work.train if train is None else train, work.fixed)
     assert made.gate is None, "the toy has no gates"
-    delta = {site: work.scale * (made.B[site] @ made.A[site]) for site in made.A}
+    dtype = max((x.dtype for x in (*made.A.values(), *made.B.values())), key=lambda kind: kind.itemsize)
+    delta = {site: work.scale * (made.B[site].to(dtype) @ A.to(dtype)) for site, A in made.A.items()}
     for site, left in work.base.get("left", {}).items():
         right = work.base.get("right", {}).get(site)
         delta[site] = delta[site] + (left if right is None else left @ right)
@@ -393,9 +412,7 @@ class ToyTrainer:
         error: Tensor = (x @ head["head.weight"].to(dtype).T + head["head.bias"].to(dtype) - y).square().mean()
         return error
 
-    def fit(
-        self, works: Sequence[tuple[Client, Work]], data: Sequence[Rows], t: int, part: int = 0
-    ) -> list[Trained]:
+    def fit(self, works: Sequence[tuple[Client, Work]], data: Sequence[Rows], t: int, part: int = 0) -> list[Trained]:
         """Train each client's work on its data."""
         self.passes.append((t, part, tuple(client.id for client, _ in works)))
         return [self._one(client, work, rows, t, part) for (client, work), rows in zip(works, data, strict=True)]
@@ -445,7 +462,9 @@ class _ShuffledVisits(LocalVisits[Rows]):
         yield from (results[i] for i in order)
 
 
-def engine(trainer: ToyTrainer | None = None, kind: type[Simulation[Rows]] = Simulation, **options: Any) -> Simulation[Rows]:
+def engine(
+    trainer: ToyTrainer | None = None, kind: type[Simulation[Rows]] = Simulation, **options: Any
+) -> Simulation[Rows]:
     """The simulator on the toy, in cohorts of 3, with the server's own data."""
     given = {"cohort": 3, "fresh": {"head": first_head()}, "proxy": SERVER, "secret": 0} | options
     return kind(trainer or ToyTrainer(), SITES, rows, **given)
@@ -477,10 +496,13 @@ def uploads(*sent: tuple[int, State]) -> list[Sent]:
     ]
 
 
-def after(method: Method, state: State, sent: Sequence[Sent], t: int = 1) -> State:
+def after(
+    method: Method, state: State, sent: Sequence[Sent], t: int = 1, report: dict[str, float] | None = None
+) -> State:
     """The server's next state, were these the uploads of round t: its coroutine driven by hand, without an engine."""
     sites = lora.sites_of(state) if {"A", "B"} <= state.keys() else SITES
-    flow = method.server(state, Round(t, tuple(client for client, _ in sent), len(sent), sites))
+    told = {} if report is None else report
+    flow = method.server(state, Round(t, tuple(client for client, _ in sent), len(sent), sites, told))
     answer: Any = None
     while True:
         try:

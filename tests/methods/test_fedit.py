@@ -7,25 +7,31 @@ from fedloom.core import Client, State
 from fedloom.errors import ConfigError
 from fedloom.methods import build
 
-from .cases import ONE, TWO, ZERO, uploads
+from .cases import ONE, TWO, ZERO, after, uploads
 
 
 def test_fedit_by_hand() -> None:
     """Weights 3/4 and 1/4."""
-    after = build("fedit", rank=1).aggregate(ZERO, uploads((3, ONE), (1, TWO)))
-    assert after["A"]["s"].tolist() == [[2.0, 3.0]] and after["B"]["s"].tolist() == [[4.0], [4.0], [1.0]]
+    new = after(build({"name": "fedit"}, {"rank": 1}), ZERO, uploads((3, ONE), (1, TWO)))
+    assert new["A"]["s"].tolist() == [[2.0, 3.0]] and new["B"]["s"].tolist() == [[4.0], [4.0], [1.0]]
 
 
 def test_fedit_keeps_what_is_not_averaged_and_averages_the_head() -> None:
     head: list[State] = [{"head": {"w": torch.tensor([float(x)])}} for x in (0, 8)]
-    after = build("fedit", rank=1).aggregate(
-        ZERO | head[0] | {"note": {}}, uploads((1, ONE | head[0]), (3, TWO | head[1]))
+    new = after(
+        build({"name": "fedit"}, {"rank": 1}),
+        ZERO | head[0] | {"note": {}},
+        uploads((1, ONE | head[0]), (3, TWO | head[1])),
     )
-    assert after["head"]["w"].item() == 6 and "note" in after
+    assert new["head"]["w"].item() == 6 and "note" in new
 
 
-def test_fedit_refuses_a_smaller_rank() -> None:
-    with pytest.raises(ConfigError, match="fedit needs every client at rank 4, got 2"):
-        build("fedit", rank=4).check(Client("a", 1, 2))
-    with pytest.raises(ConfigError, match="keep"):
-        build("fedit", rank=4).check(Client("a", 1, 4, keep=0.5))
+def test_fedit_follows_no_budget() -> None:
+    method = build({"name": "fedit"}, {"rank": 4})
+    method.check(Client("a", 1, 4))
+    with pytest.raises(ConfigError, match="fedit follows no rank budget, got rank 2 for client 'a', expected 4"):
+        method.check(Client("a", 1, 2))
+    with pytest.raises(ConfigError, match=r"fedit follows no keep budget, got keep 0\.5"):
+        method.check(Client("a", 1, 4, keep=0.5))
+    with pytest.raises(ConfigError, match="rank 5, expected 1 to 4"):
+        method.check(Client("a", 1, 5))

@@ -11,25 +11,41 @@ import torch
 from torch import Tensor
 
 from fedloom import lora, slices
-from fedloom.core import Client, Group, State, Upload, Work
+from fedloom.core import Client, Exchange, Group, Round, State, Visit, Work
 from fedloom.errors import ConfigError
-from fedloom.loop import federate
+from fedloom.loop import federate, one_round
 from fedloom.methods import build
 from fedloom.methods.fslora import FSLoRA, inclusion, systematic
+from fedloom.rng import generator
+from fedloom.spec import like
+from fedloom.state import only
 
-from .cases import SITES, Case, ToyTrainer, engine, frozen, rows, start, update
+from .cases import (
+    SITES,
+    Case,
+    Sent,
+    ToyTrainer,
+    after,
+    engine,
+    first_work,
+    frozen,
+    received,
+    rows,
+    start,
+    update,
+)
 
 DOUBLE = torch.float64
 
 
-def method(**fields: Any) -> FSLoRA:
-    made = build("fslora", **({"rank": 4, "alpha": 6.0} | fields))
+def method(rank: int = 4, rslora: bool = False, **fields: Any) -> FSLoRA:
+    made = build({"name": "fslora", **fields}, {"rank": rank, "alpha": 6.0, "rslora": rslora})
     assert isinstance(made, FSLoRA)
     return made
 
 
 def randn(*shape: int, key: int | str = 0) -> Tensor:
-    return torch.randn(*shape, generator=lora.generator(key, *shape), dtype=DOUBLE)
+    return torch.randn(*shape, generator=generator(key, *shape), dtype=DOUBLE)
 
 
 def sketch(r: int, chosen: tuple[int, ...]) -> Tensor:
@@ -77,17 +93,17 @@ def test_what_a_client_trains_is_B_S_A() -> None:
         m = method(rslora=rslora)
         for k in (1, 2, 3, 4):
             client = Client("a", 12, k)
-            received = m.broadcast(state, client, 5)
-            work = m.prepare(received, {}, SITES, client, 5)
+            down = received(m, state, client, 5)
+            work = first_work(m, down, client, 5)
             assert work.scale == pytest.approx(6 * math.sqrt(4) / k if rslora else 6 / k)
-            cuts = m._cuts(received["sketch"], SITES, k)
-            for site, delta in update(m, work).items():
+            cuts = m._cuts(down["sketch"], SITES, k)
+            for site, delta in update(work).items():
                 chosen = cuts[site].rank
                 assert chosen is not None
                 S = sketch(4, tuple(chosen.tolist()))
                 s = lora.scale(6, 4, rslora)
                 torch.testing.assert_close(delta, s * state["B"][site] @ S @ state["A"][site], rtol=1e-12, atol=1e-12)
-                assert received["A"][site].shape[0] == received["B"][site].shape[1] == k
+                assert down["A"][site].shape[0] == down["B"][site].shape[1] == k
 
 
 def test_one_index_set_for_A_and_B_another_for_each_client_round_and_site() -> None:
@@ -100,12 +116,12 @@ def test_one_index_set_for_A_and_B_another_for_each_client_round_and_site() -> N
     sets = {}
     for t in range(1, 20):
         for k in "abc":
-            sent = m.broadcast(marked, Client(k, 1, 4), t)
+            sent = received(m, marked, Client(k, 1, 4), t)
             for site in "xy":
                 chosen = sent["A"][site][:, 0].tolist()
                 assert chosen == sent["B"][site][0].tolist() == sorted(set(chosen)) and len(chosen) == 4
                 sets[t, k, site] = tuple(chosen)
-            again = m.broadcast(marked, Client(k, 1, 4), t)
+            again = received(m, marked, Client(k, 1, 4), t)
             assert torch.equal(again["A"]["x"], sent["A"]["x"])
     # 114 draws among 1,820 sets: few coincide.
     assert len(set(sets.values())) > 100
@@ -177,8 +193,8 @@ def masked(state: State, S: dict[str, Tensor], s: float, optimizer: str, trick: 
 
 def sliced(state: State, k: int, optimizer: str) -> tuple[State, dict[str, Tensor]]:
     m, client = method(), Client("a", 12, k)
-    received = m.broadcast(state, client, 1)
-    work = m.prepare(received, {}, SITES, client, 1)
+    down = received(m, state, client, 1)
+    work = first_work(m, down, client, 1)
     A = {site: x.clone().requires_grad_() for site, x in work.train["A"].items()}
     B = {site: x.clone().requires_grad_() for site, x in work.train["B"].items()}
     head = {site: x.clone().requires_grad_() for site, x in work.train["head"].items()}
@@ -191,10 +207,10 @@ def sliced(state: State, k: int, optimizer: str) -> tuple[State, dict[str, Tenso
     toy = ToyTrainer()
     for _ in range(6):
         step.zero_grad()
-        toy.loss(m, work, {"A": A, "B": B, "head": head}, rows("a")).backward()
+        toy.loss(work, {"A": A, "B": B, "head": head}, rows("a")).backward()
         step.step()
     part: State = {"A": {s: x.detach() for s, x in A.items()}, "B": {s: x.detach() for s, x in B.items()}}
-    cuts = m._cuts(received["sketch"], SITES, k)
+    cuts = m._cuts(down["sketch"], SITES, k)
     S = {}
     for site, cut in cuts.items():
         assert cut.rank is not None
@@ -227,45 +243,49 @@ def test_aggregate_by_hand() -> None:
         "sketch": {"seed": torch.tensor([1])},
         "idle": {"s": torch.tensor([[5, 0], [7, 2]])},
     }
-    uploads = []
+    uploads: list[Sent] = []
+    drawn = []
     for k in "abcd":
-        sent = m.broadcast(state, Client(k, 9, 1), 1)
-        up = {role: {"s": sent[role]["s"] + 4} for role in "AB"} | {"sketch": sent["sketch"]}
-        uploads.append((float(sent["A"]["s"]), Upload(Client(k, 100 if k == "a" else 1, 1), up, 1)))
-    visits = Counter(int(a) for a, _ in uploads)
-    after = m.aggregate(state, (upload for _, upload in uploads))
+        client = Client(k, 100 if k == "a" else 1, 1)
+        sent = received(m, state, client, 1)
+        uploads.append((client, {role: {"s": sent[role]["s"] + 4} for role in "AB"}))
+        drawn.append(int(sent["A"]["s"]))
+    visits, report = Counter(drawn), dict[str, float]()
+    new = after(m, state, uploads, report=report)
     want_A = [[1 + 4 * visits[1] / 4], [2 + 4 * visits[2] / 4]]
-    torch.testing.assert_close(after["A"]["s"], torch.tensor(want_A))
-    torch.testing.assert_close(after["B"]["s"], torch.tensor([[10.0 + visits[1], 20.0 + visits[2]]]))
+    torch.testing.assert_close(new["A"]["s"], torch.tensor(want_A))
+    torch.testing.assert_close(new["B"]["s"], torch.tensor([[10.0 + visits[1], 20.0 + visits[2]]]))
     gone = [0 if visits[1] else 6, 0 if visits[2] else 1]
-    assert after["idle"]["s"].tolist() == [gone, [max(7, gone[0]), max(2, gone[1])]]
-    assert after["report"]["longest_idle_rounds"].item() == 7
-    # By examples, the first client weighs 100 of 103.
-    heavy = method(rank=2, weights="examples").aggregate(state, [upload for _, upload in uploads])
-    share = {1: 0.0, 2: 0.0}
-    for a, upload in uploads:
-        share[int(a)] += upload.client.examples / 103
-    torch.testing.assert_close(heavy["A"]["s"], torch.tensor([[1 + 4 * share[1]], [2 + 4 * share[2]]]))
+    assert new["idle"]["s"].tolist() == [gone, [max(7, gone[0]), max(2, gone[1])]]
+    assert report == {"longest_idle_rounds": 7.0}
+    # By examples, the first client weighs 100 of 103: so FedIT has it, whose rule `auto` is.
+    for weights in ("examples", "auto"):
+        heavy = after(method(rank=2, weights=weights), state, uploads)
+        share = {1: 0.0, 2: 0.0}
+        for j, (client, _) in zip(drawn, uploads, strict=True):
+            share[j] += client.examples / 103
+        torch.testing.assert_close(heavy["A"]["s"], torch.tensor([[1 + 4 * share[1]], [2 + 4 * share[2]]]))
 
 
 def test_rows_that_nobody_drew_stay_bit_for_bit() -> None:
     m = method(rank=16)
-    state = m.init(SITES, lora.generator(0))
-    state = state | {"B": {site: torch.randn(x.shape, generator=lora.generator(1)) for site, x in state["B"].items()}}
-    uploads, drawn = [], {site: set[int]() for site in SITES}
+    state = m.init(SITES, generator(0))
+    state = state | {"B": {site: torch.randn(x.shape, generator=generator(1)) for site, x in state["B"].items()}}
+    uploads: list[Sent] = []
+    drawn = {site: set[int]() for site in SITES}
     for k in "abc":
         client = Client(k, 7, 2)
-        sent = m.broadcast(state, client, 1)
+        sent = received(m, state, client, 1)
         for site, cut in m._cuts(sent["sketch"], SITES, 2).items():
             assert cut.rank is not None
             drawn[site] |= set(cut.rank.tolist())
         moved = {role: {site: x + 1 for site, x in sent[role].items()} for role in "AB"}
-        uploads.append(Upload(client, moved | {"sketch": sent["sketch"]}, 1))
-    after = m.aggregate(state, uploads)
+        uploads.append((client, moved))
+    new = after(m, state, uploads)
     for site in SITES:
         for j in range(16):
-            still = torch.equal(after["A"][site][j], state["A"][site][j])
-            assert still == torch.equal(after["B"][site][:, j], state["B"][site][:, j]) == (j not in drawn[site])
+            still = torch.equal(new["A"][site][j], state["A"][site][j])
+            assert still == torch.equal(new["B"][site][:, j], state["B"][site][:, j]) == (j not in drawn[site])
 
 
 def test_step_is_unbiased() -> None:
@@ -306,14 +326,14 @@ def test_objective_gap(k: int) -> None:
 @pytest.mark.parametrize("r, k", [(8, 2), (8, 3), (7, 2), (5, 5), (4, 1)])
 def test_balanced_visits_every_row_once_a_cycle(r: int, k: int) -> None:
     m = method(rank=r, sketch="balanced")
-    state = m.init({"x": (9, 9), "y": (9, 9)}, lora.generator(0))
+    state = m.init({"x": (9, 9), "y": (9, 9)}, generator(0))
     blocks = -(-r // k)
     orders = set()
     for cycle in range(4):
         visits: Counter[int] = Counter()
         drawn = []
         for t in range(1 + cycle * blocks, 1 + (cycle + 1) * blocks):
-            sent = m.broadcast(state, Client("a", 1, k), t)
+            sent = received(m, state, Client("a", 1, k), t)
             cuts = m._cuts(sent["sketch"], "xy", k)
             assert cuts["x"].rank is not None and len(set(cuts["x"].rank.tolist())) == k
             visits.update(cuts["x"].rank.tolist())
@@ -328,12 +348,12 @@ def test_balanced_visits_every_row_once_a_cycle(r: int, k: int) -> None:
 def test_uniform_visits_are_those_expected() -> None:
     """10 clients at 1/8: a row is idle with probability (7/8)^10 = 0.263."""
     m, r, rounds = method(rank=16), 16, 150
-    state = m.init({"x": (20, 20)}, lora.generator(0))
+    state = m.init({"x": (20, 20)}, generator(0))
     idle = 0
     for t in range(1, rounds + 1):
         seen: set[int] = set()
         for k in range(10):
-            sent = m.broadcast(state, Client(str(k), 1, 2), t)
+            sent = received(m, state, Client(str(k), 1, 2), t)
             cut = m._cuts(sent["sketch"], ["x"], 2)["x"].rank
             assert cut is not None
             seen |= set(cut.tolist())
@@ -355,7 +375,7 @@ def test_inclusion_probabilities(importance: list[float], k: int) -> None:
     n = 3000
     counts = torch.zeros(4, dtype=DOUBLE)
     for seed in range(n):
-        chosen = systematic(pi, lora.generator(seed))
+        chosen = systematic(pi, generator(seed))
         assert len(chosen) == k == len(set(chosen.tolist()))
         counts[chosen] += 1
     # Five standard deviations.
@@ -371,24 +391,28 @@ def test_importance_sketch_is_unbiased() -> None:
     total, without = torch.zeros(7, 6, dtype=DOUBLE), torch.zeros(7, 6, dtype=DOUBLE)
     for t in range(1, n + 1):
         client = Client("a", 1, 2)
-        work = m.prepare(m.broadcast(state, client, t), {}, SITES, client, t)
-        total += update(m, work)[site] / n
+        work = first_work(m, received(m, state, client, t), client, t)
+        total += update(work)[site] / n
         without += work.scale * 2 * work.train["B"][site] @ work.train["A"][site] / n
     want = 1.5 * state["B"][site] @ state["A"][site]
     assert (total - want).norm() / want.norm() < 0.06
     assert (without - want).norm() / want.norm() > 0.15
 
 
-def test_importance_sends_indices_and_weights_and_gets_the_indices_back() -> None:
+def test_importance_sends_indices_and_weights_and_gets_neither_back() -> None:
     m, state, client = method(sketch="importance"), trained_state(), Client("a", 1, 2)
-    sent = m.broadcast(state, client, 1)
-    assert sent["sketch"]["layers.0.in"].dtype == torch.int32
-    assert "sketch_weight" not in m.expected(sent, 1) and m.expected(sent, 1)["sketch"] is sent["sketch"]
-    assert set(m.broadcast(state, replace(client, rank=4), 1)["sketch"]) == {"seed"}, "all of it needs no index"
+    sent = received(m, state, client, 1)
+    assert sent["sketch"]["layers.0.in"].dtype == torch.int32 and sent["sketch_weight"]["layers.0.in"].shape == (2,)
+    flow = m.server(state, Round(1, (client,), 1, SITES))
+    x = flow.send(None)
+    flow.close()
+    assert isinstance(x, Exchange)
+    assert x.expects(client, sent) == like(sent, "A", "B", "head")
+    assert set(received(m, state, replace(client, rank=4), 1)["sketch"]) == {"seed"}, "all of it needs no index"
 
 
 def test_full_rank_is_fedit_over_rounds_bit_for_bit() -> None:
-    plain, m = Case("", "fedit").method(), method()
+    plain, m = Case("", {"name": "fedit"}).method(), method()
     clients = [Client(k, 10, 4) for k in "abc"]
     first = start(plain)
     want = federate(plain, engine(), first, clients, 4)
@@ -398,26 +422,27 @@ def test_full_rank_is_fedit_over_rounds_bit_for_bit() -> None:
 
 def test_over_fedex_the_server_holds_the_mean_of_the_clients_models() -> None:
     """W0 + D of the server = sum_k p_k of the clients' models expanded to full rank, at scale alpha / r."""
-    m = method(over="fedex_lora", weights="examples")
-    state: State = m.init(SITES, lora.generator(0))
+    m = method(over={"name": "fedex_lora"}, weights="examples")
+    state: State = m.init(SITES, generator(0))
     clients = [Client("a", 3, 1), Client("b", 5, 3), Client("c", 2, 4)]
     for t in (1, 2, 3):
-        uploads, want = [], {site: torch.zeros(shape) for site, shape in SITES.items()}
+        uploads: list[Sent] = []
+        want = {site: torch.zeros(shape) for site, shape in SITES.items()}
         offset = {site: torch.zeros(shape) for site, shape in SITES.items()}
         for site, left in state.get("left", {}).items():
             right = state["right"].get(site)
             offset[site] = left if right is None else left @ right
         for client in clients:
-            sent = m.broadcast(state, client, t)
-            rng = lora.generator(t, client.id)
+            sent = received(m, state, client, t)
+            rng = generator(t, client.id)
             moved = {role: {s: x + torch.randn(x.shape, generator=rng) for s, x in sent[role].items()} for role in "AB"}
-            uploads.append(Upload(client, moved | {"sketch": sent["sketch"]}, t))
+            uploads.append((client, moved))
             full = slices.put(state, moved, m._cuts(sent["sketch"], SITES, client.rank))
             for site in SITES:
                 want[site] += client.examples / 10 * (offset[site] + 1.5 * full["B"][site] @ full["A"][site])
-        state = m.aggregate(state, uploads)
+        state = after(m, state, uploads, t)
         whole = Client("a", 1, 4)
-        got = update(m, m.prepare(m.broadcast(state, whole, 0), {}, SITES, whole, 0))
+        got = update(m.model(m.serve(state, whole), {}, Visit(t, whole, SITES)))
         for site in SITES:
             torch.testing.assert_close(got[site], want[site], rtol=1e-4, atol=1e-4)
 
@@ -434,7 +459,7 @@ def test_bytes_of_llama_and_roberta() -> None:
     }
     sizes = {}
     for k in (8, 16, 32, 64):
-        sent = m.broadcast(state, Client("a", 1, k), 1)
+        sent = received(m, state, Client("a", 1, k), 1)
         sizes[k] = sum(x.numel() for role in "AB" for x in sent[role].values())
         assert sizes[k] == k * 36_864
         assert sum(x.nbytes for x in sent["sketch"].values()) == 8
@@ -445,22 +470,25 @@ def test_bytes_of_llama_and_roberta() -> None:
 
 def test_idle_gaps_over_rounds() -> None:
     m = method(rank=8)
-    state: State = m.init({"x": (9, 9)}, lora.generator(0))
+    state: State = m.init({"x": (9, 9)}, generator(0))
     gaps, longest = [0] * 8, 0
     for t in range(1, 12):
-        sent = m.broadcast(state, Client("a", 1, 2), t)
+        sent = received(m, state, Client("a", 1, 2), t)
         cut = m._cuts(sent["sketch"], ["x"], 2)["x"].rank
         assert cut is not None
         gaps = [0 if j in cut.tolist() else gaps[j] + 1 for j in range(8)]
         longest = max(longest, *gaps)
-        state = m.aggregate(state, [Upload(Client("a", 1, 2), lora.only(sent, "A", "B", "sketch"), t)])
+        report: dict[str, float] = {}
+        state = after(m, state, [(Client("a", 1, 2), only(sent, "A", "B"))], t, report)
         assert state["idle"]["x"][0].tolist() == gaps
-        assert state["report"]["longest_idle_rounds"].item() == longest
+        assert report["longest_idle_rounds"] == longest
 
 
-@pytest.mark.parametrize("fields", [{"sketch": "random"}, {"weights": "x"}, {"over": "flexlora"}, {"over": "fslora"}])
-def test_refused(fields: dict[str, str]) -> None:
-    with pytest.raises(ConfigError):
+@pytest.mark.parametrize(
+    "fields", [{"sketch": "random"}, {"weights": "x"}, {"over": {"name": "flexlora"}}, {"over": {"name": "fslora"}}]
+)
+def test_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"\[method\] fslora"):
         method(**fields)
 
 
@@ -478,6 +506,20 @@ def test_rank_out_of_range(rank: int) -> None:
 
 def test_type_of_work() -> None:
     m = method()
-    work: Work = m.prepare(m.broadcast(trained_state(), Client("a", 1, 2), 1), {}, SITES, Client("a", 1, 2), 1)
+    client = Client("a", 1, 2)
+    work: Work = first_work(m, received(m, trained_state(), client), client)
     group: Group = work.train["A"]
     assert set(work.train) == {"A", "B", "head"} and not work.fixed and group["layers.0.in"].shape == (2, 6)
+
+
+def test_a_model_to_use_is_not_sketched() -> None:
+    m, state, client = method(), trained_state(), Client("a", 1, 2)
+    made = update(m.model(m.serve(state, client), {}, Visit(3, client, SITES)))
+    for site in SITES:
+        torch.testing.assert_close(made[site], 1.5 * state["B"][site] @ state["A"][site], rtol=1e-12, atol=1e-12)
+
+
+def test_a_round_writes_its_gaps_into_the_record() -> None:
+    m = method()
+    state, record = one_round(m, engine(), start(m), Case("", {}, {"a": 1, "b": 1, "c": 1}).clients()[:3], 1)
+    assert record.report["longest_idle_rounds"] == max(int(gaps[1].max()) for gaps in state["idle"].values())

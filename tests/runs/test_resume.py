@@ -111,7 +111,7 @@ def test_ctrl_c_ends_within_two_seconds_and_resumes(settings: Settings, tmp_path
 
 
 def test_two_processes_cannot_train_in_one_directory(settings: Settings, tmp_path: Path) -> None:
-    from fedloom.runs.directory import RunDirectory
+    from fedloom.runs.run_directory import RunDirectory
 
     out = fedloom.run(settings(train={"rounds": 1}), tmp_path / "run").path
     with RunDirectory.open(out).held(), pytest.raises(RunError, match="another process"):

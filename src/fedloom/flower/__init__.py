@@ -1,1 +1,1 @@
-"""Engines run clients, wherever they are: in this process, or on other machines."""
+"""Clients on other machines: the coordinator and its nodes, with Flower between them."""

@@ -17,8 +17,8 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedloom.engines import channel
-from fedloom.engines.envelope import WireError, pack, unpack
+from fedloom.flower import ipc
+from fedloom.flower.message import WireError, printable
 
 RECORD, KEY, STYPE = "fedloom", "message", "fedloom.1"
 ACTION = "train.fedloom"
@@ -47,18 +47,17 @@ def unwrap(content: RecordDict) -> bytes:
 @server.main()
 def lend(grid: Grid, context: Context) -> None:
     """Do on the grid what the fedloom process asks for, until it hangs up."""
-    connection = channel.connect(Path(str(context.run_config["link"])))
-    with connection:
+    with ipc.connect(Path(str(context.run_config["socket"]))) as connection:
         while True:
             try:
-                asked, parts = unpack(connection.recv_bytes())
+                asked, parts = ipc.receive(connection)
             except EOFError:
                 return
             try:
-                answer = pack(*_do(grid, asked, [bytes(part) for part in parts]))
+                answer, found = _do(grid, asked, parts)
             except Exception as error:  # flwr's HTTP client raises many kinds, and all mean the same to who asked
-                answer = pack({"error": f"{type(error).__name__}: {error}"})
-            connection.send_bytes(answer)
+                answer, found = {"error": f"{type(error).__name__}: {error}"}, []
+            ipc.send(connection, answer, found)
 
 
 def _do(grid: Grid, asked: dict[str, Any], parts: list[bytes]) -> tuple[dict[str, Any], list[bytes]]:
@@ -81,12 +80,12 @@ def _pull(grid: Grid, ids: list[str]) -> tuple[dict[str, Any], list[bytes]]:
     for message in grid.pull_messages(ids):
         fault = None
         if message.has_error():
-            fault = f"Flower says: {message.error.reason} (code {message.error.code})"
+            fault = f"Flower says: {printable(message.error.reason)} (code {message.error.code})"
         else:
             try:
                 parts.append(unwrap(message.content))
-            except WireError as error:
-                fault = f"answer {error}"
+            except Exception as error:  # a record of any kind may come from a node
+                fault = f"answer {printable(error)}"
         replies.append([message.metadata.reply_to_message_id, fault])
     return {"replies": replies}, parts
 
@@ -97,7 +96,7 @@ def proxy(message: Message, context: Context) -> Message:
     path = context.node_config.get("worker")
     if not isinstance(path, str):
         raise WireError(f"node config has worker = {path!r}, expected --node-config 'worker=\"/path/of/the/socket\"'")
-    with channel.connect(Path(path)) as connection:
+    with ipc.connect(Path(path)) as connection:
         connection.send_bytes(unwrap(message.content))
-        answer = connection.recv_bytes()
+        answer = connection.recv_bytes(ipc.LONGEST)
     return Message(wrap(answer), reply_to=message)

@@ -1,162 +1,138 @@
-"""States on the wire: raw, rounded to bfloat16, or int8 steps with error feedback; decoding refuses what it cannot trust.
+"""States on the wire: safetensors, where float32 tensors may be rounded to bfloat16, or to int8 with error feedback.
 
-A tensor has a dtype, which decoding gives back exactly, and a form, which is how its numbers travel:
+A tensor's name is `role/site`; how its numbers cross is the `form` in the metadata:
 
-    raw        the tensor's own bytes, any dtype                    exact
-    bfloat16   float32 rounded to nearest even, 2 bytes a number    widening back to float32 is exact, rounding was not
-    int8       float32 as round(x / s), s = max|row| / 127, and the float32 s of each row of the first axis
+    raw        as they are, any dtype that safetensors writes   exact
+    bfloat16   float32 rounded to nearest even                  widening back to float32 is exact, rounding was not
+    int8       float32 as round(x / s), s = max|row| / 127; the float32 s of all rows of the first axes are the tensor `/`
 
-Numbers that are not float32 (seeds, indices, float64, native bfloat16) are always raw. int8 is meant for differences: see
-`difference` and `Feedback`, after Seide et al., 1-Bit Stochastic Gradient Descent, Interspeech 2014, and Karimireddy et
-al., Error Feedback Fixes SignSGD, arXiv 1901.09847: what rounding loses in one round is added to the next.
+Numbers that are not float32 (seeds, indices, float64) always cross as they are; a tensor that was bfloat16 or int8 before is
+named in the metadata as `raw`, and a role without tensors, `role/`, as `empty`. There is no digest here: a message has one for
+all of its parts.
+
+int8 is meant for differences: see `difference` and `Feedback`, after Seide et al., 1-Bit Stochastic Gradient Descent,
+Interspeech 2014, and Karimireddy et al., Error Feedback Fixes SignSGD, arXiv 1901.09847: what rounding loses in one round is
+added to the next.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from fedloom.core import State
-from fedloom.engines.envelope import WireError, pack, unpack
+from fedloom.flower.message import WireError, loads, printable
+from fedloom.state import State
 
 Form = Literal["raw", "bfloat16", "int8"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
-_DTYPES = {
-    str(x).removeprefix("torch."): x
-    for x in (
-        torch.float32,
-        torch.bfloat16,
-        torch.float64,
-        torch.float16,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
-    )
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MOST_AXES = 8
+_ROUNDED = {"raw": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
+_STEPS = "/"
 
 
 def encode(state: State, form: Form = "raw") -> bytes:
-    """A state as bytes. Raises WireError for a dtype that does not travel (complex, quantised)."""
-    table: list[list[Any]] = []
-    parts: list[bytes] = []
-    for role in sorted(state):
-        for site in sorted(state[role]):
-            x = state[role][site].detach()
-            if x.dtype not in _NAMES:
-                raise WireError(f"{role}/{site} has dtype {x.dtype}, expected one of {', '.join(_DTYPES)}")
-            used = form if x.dtype == torch.float32 and x.numel() else "raw"
-            table.append([role, site, _NAMES[x.dtype], used, list(x.shape)])
-            parts.append(_WRITE[used](x))
-    # One part for all tensors: their lengths follow from the table, so that they are not sent twice.
-    return pack({"tensors": table}, [b"".join(parts)])
+    """A state as bytes. Raises WireError for a dtype that safetensors does not write, or a role with a slash."""
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {} if form == "raw" else {"form": form}
+    steps: list[Tensor] = []
+    for role, group in sorted(state.items()):
+        if not role or "/" in role:
+            raise WireError(f"role {role!r} does not cross, expected a name without '/'")
+        if not group:
+            metadata[f"{role}/"] = "empty"
+        for site, x in sorted(group.items()):
+            x, name = x.detach().cpu(), f"{role}/{site}"
+            if form == "raw" or x.dtype != torch.float32 or not x.numel():
+                # A copy: safetensors refuses tensors that share memory, and states share what was not trained.
+                tensors[name] = x.clone(memory_format=torch.contiguous_format)
+                if x.dtype == _ROUNDED[form]:
+                    metadata[name] = "raw"
+            elif form == "bfloat16":
+                tensors[name] = x.to(torch.bfloat16).contiguous()
+            else:
+                tensors[name], step = _quantised(x)
+                steps.append(step)
+    if steps:
+        tensors[_STEPS] = torch.cat(steps)
+    try:
+        return save(tensors, metadata or None)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise WireError(f"cannot be written as safetensors ({printable(error, 120)})") from None
 
 
 def decode(data: bytes | memoryview) -> State:
     """Inverse of `encode`: tensors of their own memory. Raises WireError that says what is wrong."""
-    header, parts = unpack(data)
-    if header.keys() != {"tensors"} or not isinstance(header["tensors"], list) or len(parts) != 1:
-        raise WireError(f"has header keys {sorted(header)} and {len(parts)} parts, expected 'tensors' and one part")
-    body, at = parts[0], 0
+    data = bytes(data)
+    try:
+        tensors = load(data)
+    except Exception as error:  # safetensors has an error class of its own, and torch raises many for odd shapes
+        raise WireError(f"holds no safetensors ({type(error).__name__}: {printable(error, 120)})") from None
+    metadata = _metadata(data)
+    form = metadata.pop("form", "raw")
+    if form not in FORMS:
+        raise WireError(f"has form {printable(repr(form), 20)}, expected one of {', '.join(FORMS)}")
+    steps = tensors.pop(_STEPS, torch.zeros(0))
     state: State = {}
-    for entry in header["tensors"]:
-        role, site, dtype, form, shape = _checked(entry)
-        if site in state.get(role, {}):
-            raise WireError(f"{role}/{site} is there twice")
-        size = _size(dtype, form, shape)
-        if at + size > len(body):
-            raise WireError(f"{role}/{site} {shape} needs {size} bytes, {len(body) - at} are left")
-        state.setdefault(role, {})[site] = _READ[form](bytearray(body[at : at + size]), dtype, shape)
-        at += size
-    if at != len(body):
-        raise WireError(f"has {len(body)} bytes of tensors, expected {at}: trailing bytes")
+    # In the order of `encode`, which is that of roles and then of sites.
+    for role, site, name in sorted((*_parted(name), name) for name in tensors):
+        x = tensors.pop(name)
+        rounded = x.dtype == _ROUNDED[form] and metadata.pop(name, None) != "raw"
+        if rounded and form == "int8":
+            x, steps = _multiplied(name, x, steps)
+        elif rounded:
+            x = x.float()
+        elif x.dtype == torch.bool and bool((x.view(torch.uint8) > 1).any()):
+            raise WireError(f"{printable(name, 60)} has a bool that is neither 0 nor 1")
+        state.setdefault(role, {})[site] = x
+    for name, what in metadata.items():
+        role = name[:-1]
+        if what != "empty" or not name.endswith("/") or not role or "/" in role or role in state:
+            raise WireError(f"has metadata {printable(repr(name), 40)} of no tensor")
+        state[role] = {}
+    if steps.numel():
+        raise WireError(f"has {steps.numel()} steps of no row")
     return state
 
 
-def _checked(entry: Any) -> tuple[str, str, torch.dtype, Form, list[int]]:
-    if not isinstance(entry, list) or len(entry) != 5:
-        raise WireError(f"has a tensor entry {str(entry)[:60]!r}, expected [role, site, dtype, form, shape]")
-    role, site, dtype, form, shape = entry
-    if not (isinstance(role, str) and isinstance(site, str) and role and "/" not in role):
-        raise WireError(f"has a tensor named {str(role)[:40]!r}/{str(site)[:40]!r}, expected two names")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise WireError(f"{role}/{site} has dtype {str(dtype)[:40]!r}, expected one of {', '.join(_DTYPES)}")
-    if form not in FORMS or (form != "raw" and dtype != "float32"):
-        raise WireError(f"{role}/{site} has form {str(form)[:40]!r} for {dtype}, expected one of {', '.join(FORMS)}")
-    # bool is an int to Python, and JSON has big integers: neither is a length.
-    if not isinstance(shape, list) or len(shape) > _MOST_AXES or any(type(n) is not int for n in shape):
-        raise WireError(f"{role}/{site} has shape {str(shape)[:60]}, expected a short list of integers")
-    if any(not 0 <= n < 1 << 40 for n in shape) or math.prod(shape) >= 1 << 40:
-        raise WireError(f"{role}/{site} has shape {str(shape)[:60]}, which no tensor has")
-    return role, site, _DTYPES[dtype], form, shape
+def _metadata(data: bytes) -> dict[str, str]:
+    """Of bytes that safetensors has read."""
+    header = loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return dict(header.get("__metadata__") or {})
 
 
-def _rows(shape: list[int]) -> int:
-    return shape[0] if len(shape) > 1 else 1
+def _parted(name: str) -> tuple[str, str]:
+    role, _, site = name.partition("/")
+    if not (role and site):
+        raise WireError(f"has a tensor named {printable(repr(name), 40)}, expected role/site")
+    return role, site
 
 
-def _size(dtype: torch.dtype, form: Form, shape: list[int]) -> int:
-    count = math.prod(shape)
-    if form == "raw":
-        return count * dtype.itemsize
-    return 2 * count if form == "bfloat16" else count + 4 * _rows(shape)
+def _rows(x: Tensor) -> int:
+    return x.shape[0] if x.dim() > 1 else 1
 
 
-def _raw(x: Tensor) -> bytes:
-    flat = x.reshape(-1).contiguous().cpu()
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-
-
-def _write_int8(x: Tensor) -> bytes:
-    rows = x.reshape(_rows(list(x.shape)), -1)
-    # A NaN or an infinite number must stay one, so that the guard sees it: its row's step is not finite.
+def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(_rows(x), -1)
+    # A NaN or an infinite number must stay one, so that the server sees it: its row's step is not finite.
     step = rows.abs().amax(1, keepdim=True) / 127
-    steps = torch.where((step > 0) & step.isfinite(), rows / step, 0).round().to(torch.int8)
-    return _raw(steps) + _raw(step)
+    whole = torch.where((step > 0) & step.isfinite(), rows / step, 0).round().to(torch.int8)
+    return whole.reshape(x.shape).contiguous(), step.reshape(-1)
 
 
-def _tensor(data: bytearray, dtype: torch.dtype) -> Tensor:
-    return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-
-
-def _read_raw(data: bytearray, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    if dtype == torch.bool and any(byte > 1 for byte in data):
-        raise WireError("has a bool that is neither 0 nor 1")
-    return _tensor(data, dtype).reshape(shape)
-
-
-def _read_bfloat16(data: bytearray, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    return _tensor(data, torch.bfloat16).to(dtype).reshape(shape)
-
-
-def _read_int8(data: bytearray, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    rows = _rows(shape)
-    cut = len(data) - 4 * rows
-    step = _tensor(data[cut:], torch.float32).reshape(rows, 1)
-    steps = _tensor(data[:cut], torch.int8).reshape(rows, -1).to(dtype)
-    return torch.where(step.isfinite(), steps * step, math.nan).reshape(shape)
-
-
-_WRITE: Mapping[str, Callable[[Tensor], bytes]] = {
-    "raw": _raw,
-    "bfloat16": lambda x: _raw(x.to(torch.bfloat16)),
-    "int8": _write_int8,
-}
-_READ: Mapping[str, Callable[[bytearray, torch.dtype, list[int]], Tensor]] = {
-    "raw": _read_raw,
-    "bfloat16": _read_bfloat16,
-    "int8": _read_int8,
-}
+def _multiplied(name: str, x: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """A tensor of int8 times the first of the steps, and the steps left."""
+    count = _rows(x)
+    if not x.numel() or steps.dtype != torch.float32 or steps.dim() != 1 or len(steps) < count:
+        raise WireError(f"{printable(name, 60)} of shape {tuple(x.shape)} has no float32 step for each row")
+    step = steps[:count, None]
+    restored = torch.where(step.isfinite(), x.reshape(count, -1).float() * step, math.nan).reshape(x.shape)
+    return restored, steps[count:]
 
 
 def difference(state: State, reference: State, sign: float = -1.0) -> State:
@@ -201,5 +177,5 @@ def marks(state: State) -> str:
         for site, x in sorted(state[role].items()):
             total.update(f"{role}/{site} {tuple(x.shape)}".encode())
             if not x.is_floating_point():
-                total.update(_raw(x))
+                total.update(x.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b"")
     return total.hexdigest()

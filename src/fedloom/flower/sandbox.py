@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from fedloom.engines import channel
-from fedloom.engines.link import GridLink
 from fedloom.errors import ConfigError, RunError
+from fedloom.flower import ipc
+from fedloom.flower.message import printable
+from fedloom.flower.supervisor import Program, Supervisor
+from fedloom.flower.transport import GridTransport
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -30,6 +31,7 @@ QUIET = {
     # One of the three pauses in a round that can be made shorter; the other two are fixed in Flower.
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
 }
+_SUBMIT_S = 300.0
 APP = """[project]
 name = "fedloom-link"
 version = "1.0.0"
@@ -40,11 +42,11 @@ dependencies = []
 publisher = "fedloom"
 
 [tool.flwr.app.components]
-serverapp = "fedloom.engines.flower:server"
-clientapp = "fedloom.engines.flower:client"
+serverapp = "fedloom.flower.apps:server"
+clientapp = "fedloom.flower.apps:client"
 
 [tool.flwr.app.config]
-link = ""
+socket = ""
 """
 
 
@@ -74,53 +76,7 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
-@dataclass
-class Spec:
-    """One process to start."""
-
-    name: str
-    command: list[str]
-    env: dict[str, str] = field(default_factory=dict)
-
-
-class Keeper:
-    """Processes that end with this one. Their output is in `logs`/NAME.log."""
-
-    def __init__(self, specs: Sequence[Spec], logs: Path) -> None:
-        self.logs = logs
-        logs.mkdir(parents=True, exist_ok=True)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "fedloom.engines.keeper"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        lines = [
-            {"name": s.name, "command": s.command, "log": str(logs / f"{s.name}.log"), "env": s.env} for s in specs
-        ]
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(lines) + "\n")
-        self._process.stdin.flush()
-        self.ids: dict[str, int] = dict(json.loads(self._process.stdout.readline()) for _ in specs)
-        """Name -> process id."""
-
-    def running(self, name: str) -> bool:
-        """Whether a process has not ended."""
-        try:
-            return Path(f"/proc/{self.ids[name]}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except OSError:
-            return False
-
-    def close(self) -> None:
-        """Stop all; returns when they have ended."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-
-
-def wait_for_port(port: int, alive: Any, what: str, patience_s: float = 120.0) -> None:
+def wait_for_port(port: int, alive: Callable[[], bool], what: str, patience_s: float = 120.0) -> None:
     """Return when something listens at the port. Raises RunError if `alive()` ends or time does."""
     until = time.monotonic() + patience_s
     while True:
@@ -133,40 +89,58 @@ def wait_for_port(port: int, alive: Any, what: str, patience_s: float = 120.0) -
         time.sleep(0.1)
 
 
-def lend(superlink: str, home: Path, listener_path: Path, certificates: Path | None = None) -> GridLink:
+def lend(
+    superlink: str,
+    home: Path,
+    listener_path: Path,
+    certificates: Path | None = None,
+    alive: Callable[[], bool] = lambda: True,
+) -> GridTransport:
     """Submit the app that lends its grid to us, to the SuperLink at `superlink`, and wait until it does.
 
-    Raises RunError with Flower's own words if it is not accepted.
+    `alive` says whether the SuperLink runs, where somebody knows. Raises RunError with Flower's own words if the app is not
+    accepted.
     """
-    home.mkdir(parents=True, exist_ok=True)
+    app = _app(superlink, home, certificates)
+    with ipc.Listener(listener_path) as listener:
+        try:
+            done = subprocess.run(
+                [command("flwr"), "run", str(app), "fedloom", "-c", f'socket="{listener_path}"'],
+                env=os.environ | environment(home),
+                capture_output=True,
+                text=True,
+                timeout=_SUBMIT_S,
+                stdin=subprocess.DEVNULL,
+            )
+        except subprocess.TimeoutExpired:
+            raise RunError(f"the SuperLink at {superlink} did not take the run within {_SUBMIT_S:.0f} s") from None
+        if done.returncode != 0:
+            said = printable((done.stdout + done.stderr)[-600:], 600)
+            raise RunError(f"the SuperLink at {superlink} did not take the run: {said}")
+        return GridTransport.accept(listener, alive=alive)
+
+
+def _app(superlink: str, home: Path, certificates: Path | None) -> Path:
+    """Write Flower's configuration and our app below `home`; the app's folder."""
     app = home / "app"
-    app.mkdir(exist_ok=True)
+    app.mkdir(parents=True, exist_ok=True)
     (app / "pyproject.toml").write_text(APP)
     secure = (
         "insecure = true" if certificates is None else f"root-certificates = {json.dumps(str(certificates.resolve()))}"
     )
     (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "fedloom"\n\n[superlink.fedloom]\naddress = "{superlink}"\n{secure}\n'
+        f'[superlink]\ndefault = "fedloom"\n\n[superlink.fedloom]\naddress = {json.dumps(superlink)}\n{secure}\n'
     )
-    with channel.listen(listener_path) as listener:
-        done = subprocess.run(
-            [command("flwr"), "run", str(app), "fedloom", "-c", f'link="{listener_path}"'],
-            env=os.environ | environment(home),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            stdin=subprocess.DEVNULL,
-        )
-        if done.returncode != 0:
-            said = " ".join((done.stdout + done.stderr).split())[-600:]
-            raise RunError(f"the SuperLink at {superlink} did not take the run: {said}")
-        return GridLink.accept(listener)
+    return app
 
 
 class Deployment:
-    """A SuperLink and `nodes` SuperNodes, each with its worker, for a `with` block."""
+    """A SuperLink and `nodes` SuperNodes, each with its worker, for a `with` block.
 
-    def __init__(self, nodes: int, logs: Path, threads: int | None = None) -> None:
+    `worker` gives the command of a worker that listens at a socket. A worker that dies is started again.
+    """
+
+    def __init__(self, nodes: int, logs: Path, worker: Callable[[Path], list[str]]) -> None:
         if nodes < 1:
             raise ConfigError(f"engine.nodes is {nodes}, expected at least 1")
         self.logs = logs
@@ -174,13 +148,12 @@ class Deployment:
         self.home = self.folder / "home"
         self.port, *runtime = free_ports(nodes + 1)
         env = environment(self.home)
-        specs = [Spec("superlink", superlink(self.port), env)]
+        programs = [Program("superlink", superlink(self.port), env)]
         self.sockets = [self.folder / f"w{k}" for k in range(nodes)]
         for k in range(nodes):
-            specs.append(Spec(f"supernode-{k}", supernode(self.port, runtime[k], self.sockets[k]), env))
-            specs.append(Spec(f"worker-{k}", worker(self.sockets[k], threads), env))
-        self.started = time.monotonic()
-        self.keeper = Keeper(specs, logs)
+            programs.append(Program(f"supernode-{k}", supernode(self.port, runtime[k], self.sockets[k]), env))
+            programs.append(Program(f"worker-{k}", worker(self.sockets[k]), env, restart=True))
+        self.supervisor = Supervisor(programs, logs, remove=self.folder)
 
     def __enter__(self) -> Deployment:
         return self
@@ -188,13 +161,18 @@ class Deployment:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.keeper.close()
+        self.supervisor.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def connect(self) -> GridLink:
+    def alive(self) -> bool:
+        """Whether the SuperLink runs."""
+        return self.supervisor.running("superlink")
+
+    def connect(self) -> GridTransport:
         """A grid of a new run on this deployment."""
-        wait_for_port(self.port, lambda: self.keeper.running("superlink"), f"the SuperLink (log: {self.logs})")
-        return lend(f"127.0.0.1:{self.port}", self.home, self.folder / f"link{len(list(self.folder.glob('link*')))}")
+        wait_for_port(self.port, self.alive, f"the SuperLink (log: {self.logs})")
+        path = self.folder / f"link-{secrets.token_hex(4)}"
+        return lend(f"127.0.0.1:{self.port}", self.home, path, alive=self.alive)
 
 
 def superlink(port: int) -> list[str]:
@@ -207,9 +185,3 @@ def supernode(link_port: int, port: int, worker_socket: Path) -> list[str]:
     """The command of a SuperNode on the loopback."""
     where = ["--superlink", f"127.0.0.1:{link_port}", "--host", "127.0.0.1", "--port", str(port)]
     return [command("flower-supernode"), "--insecure", *where, "--node-config", f'worker="{worker_socket}"']
-
-
-def worker(path: Path, threads: int | None) -> list[str]:
-    """The command of a worker that serves whatever client of whatever run the server names."""
-    share = [sys.executable, "-m", "fedloom.runs.node", "--socket", str(path)]
-    return share if threads is None else [*share, "--threads", str(threads)]

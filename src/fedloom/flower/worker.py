@@ -1,66 +1,57 @@
 """A node's worker: one process that loads the model once and answers every message of its node, one at a time.
 
 This is the node's side of the wire: the one place where it decodes what comes and encodes what goes. A message names the
-server's session and carries a number that only grows, so that none is answered twice. It also carries what the worker must
-know of the run: a worker that was started again takes it up from any message, and no round is lost.
+server's session and carries a number that only grows, so that none is answered twice. A worker that does not know the session,
+because it was started again, says so; the server then sends the same message with what the worker must know of the run, and no
+round is lost.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
-from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from fedloom.checkpoint import Kept
-from fedloom.core import Client, Failure, State, Upload
-from fedloom.engines import channel, codec, kept
-from fedloom.engines.envelope import WireError, pack, unpack
-from fedloom.errors import ConfigError, FedloomError
+from fedloom.checkpoint import ClientStates
+from fedloom.client import Client, Failure
+from fedloom.engine import Answer, Job
+from fedloom.errors import ConfigError, FedloomError, MethodError
+from fedloom.flower import codec, ipc
+from fedloom.flower.message import WireError, pack, printable, unpack
+from fedloom.flower.node_visits import NodeRun, NodeVisits, lost_visit
+from fedloom.state import State
 
 log = logging.getLogger("fedloom.node")
 
+_MESSAGE_S = 60.0
+"""How long a caller that has the key may wait before it says something."""
+
 
 class Node(Protocol):
-    """What a worker works with: a model, local rows, and what its clients keep."""
-
-    @property
-    def folder(self) -> Path:
-        """Where what clients keep is, for this run."""
-        ...
+    """What a worker works with: a model and local rows."""
 
     @property
     def loads(self) -> int:
         """How often a base model was loaded since the process began."""
         ...
 
-    def setup(self, header: dict[str, Any]) -> list[Client]:
-        """Take up a run; the clients that live here. Raises ConfigError if the run is not the one agreed upon."""
-        ...
-
-    def train(self, clients: Sequence[Client], received: Sequence[State], t: int) -> list[Upload | Failure]:
-        """One round of training."""
-        ...
-
-    def personal(self, clients: Sequence[Client], received: Sequence[State], t: int) -> list[Upload | Failure]:
-        """The personal phase; uploads are empty, and clients with nothing to do have none."""
-        ...
-
-    def evaluate(self, clients: Sequence[Client], received: Sequence[State], t: int) -> list[dict[str, float]]:
-        """Scores of the clients' own models as they stand after round t."""
-        ...
-
-    def export(self, clients: Sequence[Client], received: Sequence[State], t: int) -> None:
-        """Write the clients' own models here."""
+    def setup(self, setup: dict[str, Any]) -> NodeRun:
+        """Take up a run. Raises ConfigError if it is not the one agreed upon."""
         ...
 
 
 class Refused(FedloomError, ValueError):
     """A message that the worker does not answer as asked."""
+
+
+class Unknown(Refused):
+    """A message of a session that this process does not know."""
 
 
 class Worker:
@@ -69,21 +60,27 @@ class Worker:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._session: str | None = None
-        self._ended: set[str] = set()
-        self._clients: list[Client] = []
-        self._number = 0
+        self._last: dict[str, int] = {}
+        """Session -> number of its last message, of sessions that have ended too."""
+        self._run: NodeRun | None = None
+        self._clients: dict[str, Client] = {}
+        self._visits: NodeVisits | None = None
         self._form: codec.Form = "raw"
 
     def serve(self, path: Path) -> None:
         """Listen at `path` and answer, until the process is ended."""
-        with channel.listen(path) as listener:
+        with ipc.Listener(path) as listener:
             log.info("process %d: worker listens at %s", os.getpid(), path)
-            while True:
-                try:
-                    with listener.accept() as connection:
-                        connection.send_bytes(self.answer(connection.recv_bytes()))
-                except (OSError, EOFError) as error:  # who asked is gone, or had no key
-                    log.warning("a caller left: %s", type(error).__name__)
+            while (connection := listener.accept()) is not None:
+                with connection:
+                    self._serve_one(connection)
+
+    def _serve_one(self, connection: Connection) -> None:
+        try:
+            if connection.poll(_MESSAGE_S):
+                connection.send_bytes(self.answer(connection.recv_bytes(ipc.LONGEST)))
+        except (OSError, EOFError, MemoryError) as error:  # who asked is gone, or claims a length that nothing has
+            log.warning("a caller left: %s", type(error).__name__)
 
     def answer(self, data: bytes) -> bytes:
         """The answer to one message: always a message, `refused` with a reason if it cannot be answered.
@@ -94,89 +91,134 @@ class Worker:
         try:
             header, parts = unpack(data)
             head = {key: header.get(key) for key in ("session", "number", "do", "t")}
-            self._admit(header)
-            more, blobs = self._do(header, parts)
+            run = self._admitted(header)
+            more, blobs = self._done(run, header, parts)
             return pack(head | more, blobs)
-        except (WireError, Refused, ConfigError) as error:
+        except (WireError, Refused, ConfigError, MethodError) as error:
             log.warning("refused: %s", error)
-            return pack(head | {"refused": str(error)})
+            more = {"unknown": True} if isinstance(error, Unknown) else {}
+            return pack(head | {"refused": printable(error, 500)} | more)
         except Exception as error:
             log.exception("failed")
             return pack(head | {"refused": f"{type(error).__name__} on the node; its log says more"})
 
-    def _admit(self, header: dict[str, Any]) -> None:
-        session, number, setup = header.get("session"), header.get("number"), header.get("setup")
-        if not isinstance(session, str) or not isinstance(number, int) or not isinstance(header.get("t"), int):
-            raise WireError("has no session, number or t")
-        if session != self._session:
-            if session in self._ended:
-                raise Refused("replayed: this session has ended")
-            if not isinstance(setup, dict) or setup.get("form") not in codec.FORMS:
-                raise WireError("does not say what run it is of")
-            self._clients = self._node.setup(setup)
-            if self._session is not None:
-                self._ended.add(self._session)
-            self._session, self._number, self._form = session, 0, setup["form"]
-            log.info("process %d: base model loaded %d time(s)", os.getpid(), self._node.loads)
-        if number <= self._number:
-            raise Refused(f"replayed: message {number} of this session, expected one after {self._number}")
-        self._number = number
+    def _admitted(self, header: dict[str, Any]) -> NodeRun:
+        """The run that a message is of: set up if it says how, and if it is not the one at hand."""
+        session, number = header.get("session"), header.get("number")
+        numbers = [number, header.get("t"), header.get("exchange")]
+        if not isinstance(session, str) or any(type(x) is not int or x < 0 for x in numbers):
+            raise WireError("has no session, number, t or exchange")
+        assert isinstance(number, int)
+        if session != self._session and session in self._last:
+            raise Refused("replayed: this session has ended")
+        if session == self._session and number <= self._last[session]:
+            raise Refused(f"replayed: message {number} of this session, expected one after {self._last[session]}")
+        if session != self._session or self._run is None:
+            self._take_up(session, header.get("setup"))
+        self._last[session] = number
+        assert self._run is not None
+        return self._run
 
-    def _do(self, header: dict[str, Any], parts: list[memoryview]) -> tuple[dict[str, Any], list[bytes]]:
-        if header["do"] == "hello":
-            return {"clients": [[c.id, c.examples, c.rank, c.keep] for c in self._clients]}, []
-        t = int(header["t"])
-        here = {client.id: client for client in self._clients}
-        if strange := [id for id in header["clients"] if id not in here]:
-            raise Refused(f"clients {', '.join(map(str, strange))} do not live here")
-        # Identity and budget are the node's own, whatever the server says.
-        clients = [here[id] for id in header["clients"]]
-        received = [codec.decode(part) for part in parts]
+    def _take_up(self, session: str, setup: object) -> None:
+        if setup is None:
+            raise Unknown("this session is not known here")
+        if not isinstance(setup, dict) or setup.get("form") not in codec.FORMS:
+            raise WireError("does not say what run it is of")
+        if self._visits is not None:
+            self._visits.close()
+        # If this fails, the session at hand goes on: it will be asked for its setup again, for the model may be another one.
+        self._run = self._visits = None
+        run = self._node.setup(setup)
+        self._run, self._clients = run, {client.id: client for client in run.clients}
+        self._session, self._form = session, setup["form"]
+        log.info("process %d: base model loaded %d time(s)", os.getpid(), self._node.loads)
+
+    def _done(
+        self, run: NodeRun, header: dict[str, Any], parts: list[memoryview]
+    ) -> tuple[dict[str, Any], list[bytes]]:
+        do, t = header["do"], int(header["t"])
+        if do == "hello":
+            return {"clients": [client.to_dict() for client in run.clients]}, []
+        jobs = self._jobs(header, parts)
         log.info(
             "%s %d: process %d, base model loaded %d time(s), clients %s",
-            *(header["do"], t, os.getpid(), self._node.loads, ", ".join(c.id for c in clients)),
+            *(do, t, os.getpid(), self._node.loads, ", ".join(client.id for client, _ in jobs)),
         )
         start = time.perf_counter()
-        match header["do"]:
-            case "train" | "personal" as what:
-                fit = self._node.train if what == "train" else self._node.personal
-                results = fit(clients, received, t)
+        match do:
+            case "exchange":
+                came = self._exchange(run, t, header["exchange"], jobs)
                 seconds = time.perf_counter() - start
-                answers, blobs = self._encoded(results, clients, received, t)
-                return {"results": answers, "seconds": seconds}, blobs
+                said, blobs = self._encoded(run, came, dict(jobs), t, header["exchange"])
+                return {"results": said, "seconds": seconds}, blobs
+            case "personal":
+                trained = list(run.before(t, jobs).personal(run.method, jobs, t))
+                return {"results": [_said(one) for one in trained], "seconds": time.perf_counter() - start}, []
             case "evaluate":
-                return {"scores": self._node.evaluate(clients, received, t)}, []
+                scores = run.before(t + 1).scores(run.method, jobs, t)
+                return {"scores": {key: _finite(values) for key, values in scores.items()}}, []
             case "export":
-                self._node.export(clients, received, t)
+                run.before(t + 1).export(run.method, jobs, t)
                 return {}, []
             case other:
                 raise Refused(f"{other!r} is nothing a node does")
 
+    def _jobs(self, header: dict[str, Any], parts: list[memoryview]) -> list[Job]:
+        asked = header.get("clients")
+        if not isinstance(asked, list):
+            raise WireError("names no clients")
+        if strange := [str(id) for id in asked if not isinstance(id, str) or id not in self._clients]:
+            raise Refused(f"clients {', '.join(strange)} do not live here")
+        if len(asked) != len(parts):
+            raise WireError(f"has tensors for {len(parts)} of {len(asked)} clients")
+        # Identity and budget are the node's own, whatever the server says.
+        return [(self._clients[id], codec.decode(part)) for id, part in zip(asked, parts, strict=True)]
+
+    def _exchange(self, run: NodeRun, t: int, exchange: int, jobs: list[Job]) -> list[tuple[Answer | Failure, bool]]:
+        if exchange == 1:
+            if self._visits is not None:
+                self._visits.close()
+            self._visits = NodeVisits(run, t, jobs)
+        if self._visits is None or self._visits.t != t:
+            return [(lost_visit(client), False) for client, _ in jobs]
+        return self._visits.run(jobs)
+
     def _encoded(
-        self, results: list[Upload | Failure], clients: list[Client], received: list[State], t: int
+        self,
+        run: NodeRun,
+        came: list[tuple[Answer | Failure, bool]],
+        received: dict[Client, State],
+        t: int,
+        exchange: int,
     ) -> tuple[list[dict[str, Any]], list[bytes]]:
-        answers: list[dict[str, Any]] = []
-        blobs: list[bytes] = []
-        by_id = {client.id: state for client, state in zip(clients, received, strict=True)}
-        lost = kept.before(self._node.folder / "lost", t)
-        kept.forget(self._node.folder / "lost", lost, by_id)
-        for result in results:
-            if isinstance(result, Failure):
-                answers.append({"client": result.client.id, "failure": result.reason})
-                continue
-            answers.append({"client": result.client.id, "metrics": result.metrics})
-            if self._form == "int8":
-                blobs.append(_with_feedback(lost, result, by_id[result.client.id]))
-            else:
-                blobs.append(codec.encode(result.state, self._form))
-        return answers, blobs
+        said, blobs = [], []
+        lost = ClientStates.before(run.folder / "lost" / str(exchange), t)
+        lost.forget_others([client.id for client in received])
+        for result, waits in came:
+            said.append(_said(result) | {"waits": waits})
+            if isinstance(result, Answer):
+                given = received[result.client]
+                int8 = self._form == "int8"
+                blobs.append(_with_feedback(lost, result, given, t) if int8 else codec.encode(result.state, self._form))
+        return said, blobs
 
 
-def _with_feedback(store: Kept, upload: Upload, received: State) -> bytes:
+def _said(result: Answer | Failure) -> dict[str, Any]:
+    """A result without its tensors. Numbers that are not finite are left out: the upload that goes with them tells enough."""
+    if isinstance(result, Failure):
+        return {"client": result.client.id, "failure": result.reason}
+    return {"client": result.client.id, "metrics": _finite(result.metrics)}
+
+
+def _finite(values: dict[str, float]) -> dict[str, float]:
+    return {name: float(x) for name, x in values.items() if math.isfinite(x)}
+
+
+def _with_feedback(store: ClientStates, answer: Answer, received: State, t: int) -> bytes:
     """Encode as int8, adding what the client's last upload lost if it was of the same slice."""
     mark = torch.frombuffer(bytearray(bytes.fromhex(codec.marks(received))), dtype=torch.int64)
-    last = store.get(upload.client.id) or {}
+    last = store.get(answer.client.id) or {}
     fits = "mark" in last and torch.equal(last.pop("mark")["mark"], mark)
-    data, lost = codec.Feedback.upload(upload.state, received, last if fits else {})
-    store.put(upload.client.id, lost | {"mark": {"mark": mark}}, upload.t)
+    data, lost = codec.Feedback.upload(answer.state, received, last if fits else {})
+    store.put(answer.client.id, lost | {"mark": {"mark": mark}}, t)
     return data

@@ -20,7 +20,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from fedloom import directions, lora
+from fedloom import dora, lora
 from fedloom.core import Each, Factors, Mean, Round, Upload, Visit, Work
 from fedloom.methods.base import LoRA
 from fedloom.spec import like
@@ -33,7 +33,7 @@ class FedLoRAOptimizer(LoRA):
     client tunes the magnitudes of B for itself."""
 
     convention: Literal["col", "row", "rank", "feature"] = "col"
-    """Axis of the norm in A and B: `col`, `row`, `rank`, `feature` (see fedloom.directions). Only `col` gave a magnitude
+    """Axis of the norm in A and B: `col`, `row`, `rank`, `feature` (see fedloom.dora). Only `col` gave a magnitude
     ratio in the tens, as the paper reports, in our toy study."""
     average: Literal["components", "factors"] = "components"
     """`components` (12a): magnitudes and directions one by one; `factors` (12b): A and B."""
@@ -88,8 +88,8 @@ class FedLoRAOptimizer(LoRA):
 
     async def personal(self, received: State, own: State, visit: Visit) -> State:
         # The increment starts at zero: what was kept is not carried over (reading).
-        dim = directions.AXES[self.convention][1]
-        gain = {site: torch.zeros_like(directions.norm(x, dim)) for site, x in received["B"].items()}
+        dim = dora.AXES[self.convention][1]
+        gain = {site: torch.zeros_like(dora.norm(x, dim)) for site, x in received["B"].items()}
         done = await self._scaling(received, gain)
         return done.state
 
@@ -100,7 +100,7 @@ class FedLoRAOptimizer(LoRA):
 
     def _turning(self, received: State) -> Work:
         """A = A_M N(A_D + turn) (14)-(16)."""
-        splits = {site: directions.split(x, self._dim) for site, x in received["A"].items()}
+        splits = {site: dora.split(x, self._dim) for site, x in received["A"].items()}
 
         def adapter(train: State, fixed: State) -> Factors:
             turned = {site: fixed["A_M"][site] * self._turn(D, train["turn"][site]) for site, D in fixed["A_D"].items()}
@@ -121,8 +121,8 @@ class FedLoRAOptimizer(LoRA):
 
     def _scaling(self, received: State, gain: Group) -> Work:
         """B = (B_M + gain) B_D (17)-(18)."""
-        dim = directions.AXES[self.convention][1]
-        splits = {site: directions.split(x, dim) for site, x in received["B"].items()}
+        dim = dora.AXES[self.convention][1]
+        splits = {site: dora.split(x, dim) for site, x in received["B"].items()}
 
         def adapter(train: State, fixed: State) -> Factors:
             M = {site: fixed["B_M"][site] + x for site, x in train["gain"].items()}
@@ -147,16 +147,16 @@ class FedLoRAOptimizer(LoRA):
 
     @property
     def _dim(self) -> int:
-        return directions.AXES[self.convention][0]
+        return dora.AXES[self.convention][0]
 
     def _turn(self, D: Tensor, turn: Tensor) -> Tensor:
         """(15): N(A_D + dA_D)."""
-        return directions.unit(D + turn, self._dim) if self.renorm_direction else D + turn
+        return dora.unit(D + turn, self._dim) if self.renorm_direction else D + turn
 
     def _turned(self, A: Group, turn: Group) -> Group:
         after = {}
         for site, x in A.items():
-            s = directions.split(x, self._dim)
+            s = dora.split(x, self._dim)
             # A vector that nobody turned stays as it is, bit for bit.
             still = (turn[site] == 0).all(self._dim, keepdim=True)
             after[site] = torch.where(still, x, s.magnitude * self._turn(s.direction, turn[site]))
@@ -170,11 +170,11 @@ class FedLoRAOptimizer(LoRA):
 
     def _mean_of_components(self, uploads: Sequence[Upload]) -> State:
         """(12a): the weighted means of A_M, A_D, B_M, B_D, put together again."""
-        mean, dims = lora.Mean(), directions.AXES[self.convention]
+        mean, dims = lora.Mean(), dora.AXES[self.convention]
         for upload in uploads:
             parts = only(upload.state, "head")
             for factor, dim in zip("AB", dims, strict=True):
-                splits = {site: directions.split(x, dim) for site, x in upload.state[factor].items()}
+                splits = {site: dora.split(x, dim) for site, x in upload.state[factor].items()}
                 parts[factor + "_M"] = {site: s.magnitude for site, s in splits.items()}
                 parts[factor + "_D"] = {site: s.direction for site, s in splits.items()}
             mean.add(parts, upload.weight)
@@ -182,7 +182,7 @@ class FedLoRAOptimizer(LoRA):
         for factor, dim in zip("AB", dims, strict=True):
             D = mean.value[factor + "_D"]
             if self.renorm_after_average:
-                D = {site: directions.unit(x, dim) for site, x in D.items()}
+                D = {site: dora.unit(x, dim) for site, x in D.items()}
             after[factor] = {site: M * D[site] for site, M in mean.value[factor + "_M"].items()}
         return after
 

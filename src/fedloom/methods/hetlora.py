@@ -40,11 +40,14 @@ class HetLoRA(LoRA):
     async def server(self, state: State, round: Round) -> State:
         ranks = dict(state.get("ranks", {}))  # of clients that pruned themselves: client id -> rank
 
-        def leading(client: Client) -> State:
-            rank = int(ranks.get(client.id, torch.tensor(client.rank)))
-            return slices.take(only(state, "A", "B", "head"), slices.prefix(state, rank))
+        def held(client: Client) -> int:
+            return int(ranks.get(client.id, torch.tensor(client.rank)))
 
-        blank, pruned, largest = zeros_like(only(state, "A", "B")), dict(ranks), 0
+        def leading(client: Client) -> State:
+            return slices.take(only(state, "A", "B", "head"), slices.prefix(state, held(client)))
+
+        blank, pruned = zeros_like(only(state, "A", "B")), dict(ranks)
+        most_sent = most_back = 0
         factors, head = lora.Mean(), lora.Mean()
         for upload in await Each(send=leading, expects=_at_most_that_rank):
             part, rank = only(upload.state, "A", "B"), _rank(upload.state)
@@ -54,11 +57,13 @@ class HetLoRA(LoRA):
             factors.add(slices.put(blank, part, slices.prefix(part, rank)), weight)
             # The head is no low-rank product: plain weights by examples (reading).
             head.add(only(upload.state, "head"), upload.weight)
-            pruned[upload.client.id], largest = torch.tensor(rank), max(largest, rank)
-        # Ranks that no client of the round holds stay as they are (a deviation): padding both of their factors with zeros
-        # would end them for good, since each one's gradient is a product with the other.
-        kept = {"A": _tail_of(state["A"], factors.value["A"], largest, 0)}
-        kept["B"] = _tail_of(state["B"], factors.value["B"], largest, 1)
+            pruned[upload.client.id] = torch.tensor(rank)
+            most_sent, most_back = max(most_sent, held(upload.client)), max(most_back, rank)
+        # Padding both factors of a rank with zeros would end it for good, since each one's gradient is a product with the
+        # other (a deviation): ranks that no client of the round was sent stay as they are, and those that all who were sent
+        # them pruned count no more, B = 0, but keep a direction for others to learn in.
+        kept = {"A": _tail_of(state["A"], factors.value["A"], most_back, 0)}
+        kept["B"] = _tail_of(state["B"], factors.value["B"], most_sent, 1)
         return state | kept | head.value | {"ranks": pruned}
 
     async def client(self, received: State, own: State, visit: Visit) -> tuple[State, State]:

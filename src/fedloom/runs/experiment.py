@@ -15,7 +15,7 @@ import torch
 from fedloom.client import Client
 from fedloom.core import Method, Visit, Work
 from fedloom.data import load, partition
-from fedloom.data.text import Encoded, encode_causal, encode_labelled
+from fedloom.data.tokenize import Encoded, encode_causal, encode_labelled
 from fedloom.errors import ConfigError
 from fedloom.models import huggingface, peft
 from fedloom.rng import generator
@@ -217,28 +217,19 @@ def _trainer(
     config: RunConfig, base: huggingface.Base, sites: Sites, device: torch.device, dtype: torch.dtype
 ) -> Trainer:
     """The trainer, which adapts the base in place."""
-    train = config.train
+    # Settings are named as the keys of [train]; the rest of its keys are the run's.
+    settings = {
+        name: value for name, value in config.train.model_dump().items() if name in Settings.__dataclass_fields__
+    }
     return Trainer(
         base.model,
         list(sites),
         list(base.head),
         settings=Settings(
-            optimizer=train.optimizer,
-            lr=train.lr,
-            weight_decay=train.weight_decay,
-            clip=train.clip,
-            momentum=train.momentum,
-            schedule=train.schedule,
-            warmup=train.warmup,
-            batch_size=train.batch_size,
-            steps=train.local_steps,
-            epochs=train.local_epochs,
-            seed=config.seed,
-            dropout=config.lora.dropout,
-            base_dropout=train.base_dropout,
-            checkpointing=config.model.checkpointing,
+            **settings, seed=config.seed, dropout=config.lora.dropout, checkpointing=config.model.checkpointing
         ),
         device=device,
         dtype=dtype,
         attention=config.model.attention,
+        kernels=config.engine.kernels,
     )

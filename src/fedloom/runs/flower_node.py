@@ -12,16 +12,15 @@ import logging
 import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedloom.client import Client
-from fedloom.core import Method
 from fedloom.data import hub
 from fedloom.errors import ConfigError
+from fedloom.flower.node_visits import NodeRun
 from fedloom.flower.worker import Worker
 from fedloom.models.huggingface import Base
 from fedloom.runs import evaluate, export
@@ -61,6 +60,20 @@ def differences(ours: dict[str, Any], theirs: Any) -> list[str]:
     return found
 
 
+@dataclass(frozen=True)
+class Agreed:
+    """What a node and the server agreed upon."""
+
+    plan: Plan
+    folder: Path
+    """For what clients keep, and their own models."""
+    labels: list[str] | None = None
+    """The run's, where the rows here are not the server's."""
+    metrics: list[str] | None = None
+    client: str | None = None
+    """The only client, who has all rows; None for those of the partition."""
+
+
 class _Loaded:
     """The base model of this process: loaded once, and handed from run to run while they ask for the same one."""
 
@@ -68,23 +81,26 @@ class _Loaded:
         self.loads = 0
         self._last: Experiment | None = None
 
-    def experiment(self, planned: Plan, labels: list[str] | None, only_client: str | None) -> Experiment:
-        """The experiment of a plan, on the model that is loaded if that is the one it asks for."""
+    def experiment(self, agreed: Agreed) -> Experiment:
+        """The experiment agreed upon, on the model that is loaded if that is the one it asks for."""
+        planned = agreed.plan
         old, self._last = self._last, None
         table: Tables | None = None
         if old is not None:
             old.trainer.close()
             table = old.tables if old.config.task == planned.config.task else None
         table = table or tables(planned.config)
-        if labels is not None:
-            table = replace(table, labels=labels)
+        if agreed.labels is not None:
+            table = replace(table, labels=agreed.labels)
+        if agreed.metrics is not None:
+            table = replace(table, metrics=agreed.metrics)
         base: Base | None = None
         if old is not None and _model_of(old.config, old.tables) == _model_of(planned.config, table):
             base = old.base
         else:
             self.loads += 1
         del old  # two models are not held at once
-        self._last = experiment(planned, table=table, base=base, only_client=only_client)
+        self._last = experiment(planned, table=table, base=base, only_client=agreed.client)
         return self._last
 
 
@@ -93,79 +109,63 @@ def _model_of(c: RunConfig, table: Tables) -> object:
 
 
 class FlowerNode:
-    """What a worker works with. `agreed` gives a run's plan, labels, only client and folder from the server's words."""
+    """What a worker works with. `agree` reads the server's words: it raises ConfigError for a run that is none of ours."""
 
-    def __init__(self, agreed: Callable[[dict[str, Any]], tuple[Plan, list[str] | None, str | None, Path]]) -> None:
-        self._agreed = agreed
+    def __init__(self, agree: Callable[[dict[str, Any]], Agreed]) -> None:
+        self._agree = agree
         self._loaded = _Loaded()
-        self._run: tuple[Experiment, Simulation[Any], Path] | None = None
 
     @property
     def loads(self) -> int:
         return self._loaded.loads
 
-    @property
-    def folder(self) -> Path:
-        return self._now()[2] / "kept"
-
-    @property
-    def method(self) -> Method:
-        return self._now()[0].method
-
-    @property
-    def engine(self) -> Simulation[Any]:
-        """The simulator of this node's clients."""
-        return self._now()[1]
-
-    def _now(self) -> tuple[Experiment, Simulation[Any], Path]:
-        if self._run is None:
-            raise ConfigError("no run is set up here")
-        return self._run
-
-    def setup(self, header: dict[str, Any]) -> list[Client]:
-        planned, labels, only_client, folder = self._agreed(header)
-        self._run = None
-        e = self._loaded.experiment(planned, labels, only_client)
-        if header.get("model") != e.base.sha256:
+    def setup(self, setup: dict[str, Any]) -> NodeRun:
+        agreed = self._agree(setup)
+        e = self._loaded.experiment(agreed)
+        if setup.get("model") != e.base.sha256:
             raise ConfigError("the base model here is not the server's: its sha256 differs")
-        engine: Simulation[Any] = Simulation(
+        simulation = Simulation(
             e.trainer,
             e.sites,
             e.rows_of,
             fresh=e.head,
             cohort=1,
             score=lambda work: evaluate.score(e, work),
-            write=lambda client, work: export.write(e, work, folder / "clients" / client / "adapter"),
+            write=lambda client, work: export.write(e, work, agreed.folder / "clients" / client / "adapter"),
         )
-        self._run = e, engine, folder
-        return e.clients
+        return NodeRun(e.clients, e.method, simulation, agreed.folder)
 
 
 def local_node() -> FlowerNode:
     """A node of the server's own machine, for any client of any run that the server names."""
 
-    def agreed(header: dict[str, Any]) -> tuple[Plan, list[str] | None, str | None, Path]:
-        config = parse(tomllib.loads(header["config"]), "the server's configuration")
-        return plan(config), None, None, Path(header["folder"])
+    def agree(setup: dict[str, Any]) -> Agreed:
+        config = parse(tomllib.loads(setup["config"]), "the server's configuration")
+        return Agreed(plan(config), Path(setup["folder"]))
 
-    return FlowerNode(agreed)
+    return FlowerNode(agree)
 
 
 def remote_node(config: RunConfig, client: str, folder: Path) -> FlowerNode:
     """A node with its own rows, those of `config.task.data`, and its one client's budget in `config.clients`."""
 
-    def agreed(header: dict[str, Any]) -> tuple[Plan, list[str] | None, str | None, Path]:
-        if wrong := differences(agreement(config), header.get("agreement")):
+    def agree(setup: dict[str, Any]) -> Agreed:
+        if wrong := differences(agreement(config), setup.get("agreement")):
             raise ConfigError(f"the server's run is not the one of this node's run file: {', '.join(wrong)} differ")
-        labels = header.get("labels")
-        if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels):
-            raise ConfigError("the server named no labels")
-        run = str(header.get("run"))
-        if not run.isalnum():
+        labels, metrics = _names(setup, "labels"), _names(setup, "metrics")
+        run = str(setup.get("run"))
+        if not (run.isascii() and run.isalnum()):
             raise ConfigError("the server's run has no name")
-        return plan(config), labels, client, folder / run
+        return Agreed(plan(config), folder / run, labels, metrics, client)
 
-    return FlowerNode(agreed)
+    return FlowerNode(agree)
+
+
+def _names(setup: dict[str, Any], key: str) -> list[str]:
+    names = setup.get(key)
+    if not isinstance(names, list) or not all(isinstance(x, str) for x in names):
+        raise ConfigError(f"the server named no {key}")
+    return names
 
 
 def serve(node: FlowerNode, path: Path, threads: int | None) -> None:

@@ -43,7 +43,7 @@ def connected(run: RunDirectory, e: Experiment, on_status: Callable[[str], None]
                 transport.close()
         return
     on_status("starting a SuperLink and its nodes")
-    with sandbox.Deployment(node_count(e), run.path / "logs", local_worker, c.threads) as deployment:
+    with sandbox.Deployment(node_count(e), run.path / "logs", lambda path: local_worker(path, c.threads)) as deployment:
         transport = deployment.connect()
         try:
             yield transport
@@ -60,6 +60,7 @@ def coordinator(
         "run": hashlib.sha256(f"{run.path.resolve()} {digest_file(run.config_file)}".encode()).hexdigest()[:16],
         "agreement": agreement(c),
         "labels": e.tables.labels,
+        "metrics": e.tables.metrics,
         "model": e.base.sha256,
     }
     here = c.engine.superlink is None

@@ -18,11 +18,10 @@ from fedloom.client import Failure
 from fedloom.data import partition
 from fedloom.engine import Engine, Job, Total
 from fedloom.flower.transport import Transport
-from fedloom.loop import Record, federate, in_order
-from fedloom.runs import evaluate, export, flower_server
+from fedloom.loop import Limits, Record, federate, in_order
+from fedloom.runs import evaluate, export, flower_server, radio_cost
 from fedloom.runs.config import RunConfig
 from fedloom.runs.experiment import Experiment, experiment
-from fedloom.runs.network import plan as radio_cost
 from fedloom.runs.plan import absolute
 from fedloom.runs.record import Scores, line
 from fedloom.runs.run_directory import RunDirectory, digest_file, digest_files
@@ -75,19 +74,22 @@ def start(
     RunDirectory.require_free(path)
     # Whatever is wrong with method, data or model is told before anything is written.
     e = experiment(config, observer.doing)
-    return _go(RunDirectory.create(path, config), e, observer, transport)
+    run = RunDirectory.create(path, config)
+    with run.held():
+        return _go(run, e, observer, transport)
 
 
 def resume(path: Path, observer: Observer | None = None, transport: Transport | None = None) -> Result:
     """Go on with a run from its newest checkpoint: it ends with the same adapter bytes as if it had never stopped."""
     observer = observer or Observer()
     run = RunDirectory.open(path)
-    if (run.checkpoint / "latest.json").exists() and checkpoint.load(run.checkpoint)[3]:
-        records = run.rounds()
-        for record in records:
-            observer.round(record)
-        return Result(run.path, records)
-    return _go(run, experiment(run.config(), observer.doing), observer, transport)
+    with run.held():
+        if (run.checkpoint / "latest.json").exists() and checkpoint.load(run.checkpoint)[3]:
+            records = run.rounds()
+            for record in records:
+                observer.round(record)
+            return Result(run.path, records)
+        return _go(run, experiment(run.config(), observer.doing), observer, transport)
 
 
 def free_name(config: RunConfig) -> Path:
@@ -103,17 +105,16 @@ def free_name(config: RunConfig) -> Path:
 
 
 def _go(run: RunDirectory, e: Experiment, observer: Observer, transport: Transport | None) -> Result:
-    with run.held():
-        t, state, client_states = -1, State(), ClientStates(run.checkpoint / "kept")
-        if (run.checkpoint / "latest.json").exists():
-            t, state, client_states, _ = checkpoint.load(run.checkpoint)
-        threads = e.config.engine.threads
-        if threads is not None:
-            torch.set_num_threads(threads)
-        remote = transport is not None or e.config.engine.name != "inprocess"
-        reached = flower_server.connected(run, e, observer.doing) if transport is None and remote else None
-        with reached if reached is not None else nullcontext(transport) as link:
-            return _Run(run, e, observer, client_states, link).go(t, state)
+    t, state, client_states = -1, State(), ClientStates(run.checkpoint / "kept")
+    if (run.checkpoint / "latest.json").exists():
+        t, state, client_states, _ = checkpoint.load(run.checkpoint)
+    threads = e.config.engine.threads
+    if threads is not None:
+        torch.set_num_threads(threads)
+    here = transport is None and e.config.engine.name == "inprocess"
+    reached = nullcontext(transport) if here or transport is not None else None
+    with reached or flower_server.connected(run, e, observer.doing) as link:
+        return _Run(run, e, observer, client_states, link).go(t, state)
 
 
 class _Run:
@@ -146,7 +147,7 @@ class _Run:
             self.engine, e = flower_server.coordinator(transport, run, e, here, observer.doing)
         self.e = e
         self.rounds = e.config.train.rounds
-        self.radio = radio_cost(e) if e.config.network is not None else None
+        self.radio = radio_cost.plan(e.config, [c.id for c in e.clients]) if e.config.network is not None else None
         self._trained = 0
         self._personal = e.method.personal_models
 
@@ -176,8 +177,8 @@ class _Run:
             self.rounds,
             start=t + 1,
             sample=flower_server.sampler(e),
-            max_norm=c.clients.max_norm,
-            quorum=c.engine.quorum,
+            limits=Limits(c.clients.max_norm, c.clients.max_ratio, c.engine.quorum),
+            recent_steps=[r["report"]["step_norm"] for r in records if "step_norm" in r["report"]],
             on_round=self._after,
         )
         if e.method.personal_phase:
@@ -207,7 +208,7 @@ class _Run:
     def _write(self, record: Record, state: State, scores: Scores | None) -> None:
         stats = self.engine.stats()
         train_s = stats.pop("train_s")
-        network = self.radio.round(record) if self.radio is not None and record.stage == "clients" else None
+        network = radio_cost.cost(self.radio, record) if self.radio is not None and record.stage == "clients" else None
         engine = stats if record.t > 0 else None
         made = line(record, state, scores=scores, train_s=train_s, network=network, engine=engine)
         self.run.append(made)

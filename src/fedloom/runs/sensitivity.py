@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedloom import checkpoint, directions, lora
+from fedloom import checkpoint, dora, lora
 from fedloom.core import Work
 from fedloom.errors import RunError
 from fedloom.rng import generator
@@ -89,7 +89,7 @@ def measure(path: Path, most: int = 8) -> list[Row]:
     }
     return [
         Row(convention, reference, _change(pairs, "A", dims[0]), _change(pairs, "B", dims[1]))
-        for convention, dims in directions.AXES.items()
+        for convention, dims in dora.AXES.items()
         for reference, pairs in references.items()
     ]
 
@@ -136,7 +136,7 @@ def change(pairs: Iterable[Pair], dim: int) -> Change:
     relatives: list[float] = []
     length = 1
     for x, reference in pairs:
-        now, before = directions.split(x.double(), dim), directions.split(reference.double(), dim)
+        now, before = dora.split(x.double(), dim), dora.split(reference.double(), dim)
         length = x.shape[dim]
         moved = (now.magnitude - before.magnitude).abs()
         moves.append(float(moved.mean()))
