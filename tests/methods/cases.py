@@ -133,6 +133,8 @@ class Case:
     """Six rounds of the toy lower its loss."""
     each: bool = False
     """The server reads every upload, in some round: no sum will do."""
+    at_most: bool = False
+    """The payload is a bound of what comes up: the client chooses what it sends, and nobody remembers it."""
     replaces: bool = True
     """What one client trained is the next state; a server optimiser moves towards it instead."""
 
@@ -269,15 +271,15 @@ def plus_offset(client: Client, t: int, received: State) -> tuple[int, int]:
 
 # Sums of products: where the tail goes.
 CASES += [
-    Case("flora", _of("flora"), MIXED, payload=merged(8)),
-    Case("flora, rslora", _of("flora"), MIXED, payload=merged(8), rslora=True),
-    Case("florist", _of("florist", energy=1.0), MIXED, payload=merged(8)),
-    Case("florist, continue", _of("florist", start="continue", energy=1.0), MIXED),
-    Case("fedmomentum", _of("fedmomentum"), payload=plus_offset),
-    Case("fedmomentum, less energy", _of("fedmomentum", energy=0.9), payload=plus_offset),
-    Case("eclora", _of("eclora"), MIXED),
-    Case("flexlora, error", _of("flexlora", tail="error"), MIXED),
-    Case("flexlora, server", _of("flexlora", tail="server"), MIXED),
+    Case("flora", _of("flora"), MIXED, payload=merged(8), each=True),
+    Case("flora, rslora", _of("flora"), MIXED, payload=merged(8), rslora=True, each=True),
+    Case("florist", _of("florist", energy=1.0), MIXED, payload=merged(8), each=True),
+    Case("florist, continue", _of("florist", start="continue", energy=1.0), MIXED, each=True),
+    Case("fedmomentum", _of("fedmomentum"), payload=plus_offset, each=True),
+    Case("fedmomentum, less energy", _of("fedmomentum", energy=0.9), payload=plus_offset, each=True),
+    Case("eclora", _of("eclora"), MIXED, each=True),
+    Case("flexlora, error", _of("flexlora", tail="error"), MIXED, each=True),
+    Case("flexlora, server", _of("flexlora", tail="server"), MIXED, each=True),
 ]
 
 
@@ -300,21 +302,36 @@ def with_magnitudes(client: Client, t: int, received: State) -> tuple[int, int]:
 
 # Unequal ranks.
 CASES += [
-    Case("lora_a2", _of("lora_a2", probe_steps=2), MIXED, payload=chosen_ranks, client_chooses=True, one_phase=False),
+    Case(
+        "lora_a2",
+        _of("lora_a2", probe_steps=2),
+        MIXED,
+        payload=chosen_ranks,
+        one_phase=False,
+        each=True,
+        at_most=True,
+    ),
     Case(
         "lora_a2, head",
         _of("lora_a2", train_head=True, lr_ratio=1.0),
         MIXED,
         payload=chosen_ranks,
-        client_chooses=True,
         one_phase=False,
+        each=True,
+        at_most=True,
     ),
-    Case("fedrora", _of("fedrora", lr_ratio=5.0), MIXED, payload=with_magnitudes),
-    Case("fedrora, head, signed", _of("fedrora", train_head=True, top="signed", lr_ratio=5.0), MIXED, payload=with_magnitudes),
+    Case("fedrora", _of("fedrora", lr_ratio=5.0), MIXED, payload=with_magnitudes, each=True),
+    Case(
+        "fedrora, head, signed",
+        _of("fedrora", train_head=True, top="signed", lr_ratio=5.0),
+        MIXED,
+        payload=with_magnitudes,
+        each=True,
+    ),
     Case("zero_padding", _of("zero_padding"), MIXED),
     Case("replication_padding", _of("replication_padding"), MIXED),
-    Case("raflora", _of("raflora"), MIXED),
-    Case("raflora, rslora", _of("raflora"), MIXED, rslora=True),
+    Case("raflora", _of("raflora"), MIXED, each=True),
+    Case("raflora, rslora", _of("raflora"), MIXED, rslora=True, each=True),
     Case("fed_plora", _of("fed_plora"), MIXED, payload=whole_down),
 ]
 

@@ -139,7 +139,7 @@ def test_indices_from_outside_are_taken_with_care() -> None:
         "index": {s: torch.tensor([99], dtype=torch.int32) for s in SITES},
     }
     assert reject_reason(want, upload) is None
-    assert all(x.isfinite().all() for x in asked.lift(client, upload)["B"].values())
+    assert all(x.isfinite().all() for x in after(method, at, [(client, upload)])["B"].values())
     two = upload | {"index": {s: torch.tensor([0, 1], dtype=torch.int32) for s in SITES}}
     assert "ranks of" in (reject_reason(want, two) or "")
     assert reject_reason(want, only(upload, "B")) == "missing role index"

@@ -16,13 +16,13 @@ import torch
 from annotated_types import Gt
 from torch import Tensor
 
-from fedloom import directions, lora
+from fedloom import dora, lora
 from fedloom.core import Client, Each, Factors, Round, Visit, Work
 from fedloom.methods.base import LoRA
 from fedloom.spec import Spec, like
 from fedloom.state import Group, Sites, State, only
 
-OF_A, OF_B = directions.AXES["rank"]
+OF_A, OF_B = dora.AXES["rank"]
 """Dimensions that the norm of a rank is taken over."""
 
 
@@ -124,5 +124,5 @@ def projections(U: Tensor, Vh: Tensor, B: Tensor, A: Tensor) -> Tensor:
 
 
 def _unit(factors: State) -> State:
-    A: Group = {site: directions.unit(x, OF_A) for site, x in factors["A"].items()}
-    return {"A": A, "B": {site: directions.unit(x, OF_B) for site, x in factors["B"].items()}}
+    A: Group = {site: dora.unit(x, OF_A) for site, x in factors["A"].items()}
+    return {"A": A, "B": {site: dora.unit(x, OF_B) for site, x in factors["B"].items()}}

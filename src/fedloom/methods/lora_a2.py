@@ -18,7 +18,8 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from fedloom.core import Client, Factors, Mean, Round, Visit, Work
+from fedloom import lora
+from fedloom.core import Client, Each, Factors, Round, Visit, Work
 from fedloom.methods.base import LoRA
 from fedloom.spec import Dim, Leaf, Spec, like
 from fedloom.state import Group, State, only
@@ -46,13 +47,11 @@ class LoRAA2(LoRA):
     budgets: ClassVar[frozenset[str]] = frozenset({"rank"})
 
     async def server(self, state: State, round: Round) -> State:
-        role = _turn(round.t)
-        mean = await Mean(
-            send=lambda client: self.serve(state, client),
-            expects=partial(self._expects, role),
-            lift=lambda client, upload: _put(state[role], upload, role) | only(upload, "head"),
-        )
-        return state | mean.state
+        role, mean = _turn(round.t), lora.Mean()
+        asked = Each(send=lambda client: self.serve(state, client), expects=partial(self._expects, role))
+        for upload in await asked:
+            mean.add(_put(state[role], upload.state, role) | only(upload.state, "head"), upload.weight)
+        return state | mean.value
 
     def _expects(self, role: Role, client: Client, sent: State) -> Spec:
         """The chosen ranks and which they are, as many as the client likes in each layer, and the head if it is trained."""
@@ -106,11 +105,6 @@ class LoRAA2(LoRA):
         best = torch.zeros(len(scores), self.rank, dtype=torch.bool)
         best.view(-1)[torch.cat(list(scores.values())).topk(budget).indices] = True
         return {site: row.nonzero().flatten() for site, row in zip(scores, best, strict=True)}
-
-    def spread(self, upload: State, received: State, visit: Visit) -> State:
-        role = _turn(visit.t)
-        blank = {site: torch.zeros_like(x) for site, x in received[role].items()}
-        return _put(blank, upload, role) | only(upload, "head")
 
 
 def _turn(t: int) -> Role:
