@@ -44,6 +44,7 @@ class FedRoRA(LoRA):
     paper: ClassVar[str] = "Wang et al., Breaking the Structural Identity: Personalized Federated LoRA, 2026"
     budgets: ClassVar[frozenset[str]] = frozenset({"rank"})
     personal_models = True
+    serves_personal_models = True
 
     def init(self, sites: Sites, rng: torch.Generator) -> State:
         # Random directions at magnitude zero: no change, and the magnitudes have a gradient (the source is silent).
