@@ -42,6 +42,16 @@ _KNOWN = {
     "fed_sb": "fed_sb:FedSB",
     "ravan": "ravan:Ravan",
     "fedask": "fedask:FedASK",
+    "flora": "flora:FLoRA",
+    "florist": "florist:FLoRIST",
+    "fedmomentum": "fedmomentum:FedMomentum",
+    "eclora": "flexlora:ECLoRA",
+    "zero_padding": "zero_padding:ZeroPadding",
+    "replication_padding": "zero_padding:ReplicationPadding",
+    "raflora": "raflora:RaFLoRA",
+    "fed_plora": "fed_plora:FedPLoRA",
+    "lora_a2": "lora_a2:LoRAA2",
+    "fedrora": "fedrora:FedRoRA",
 }
 
 
