@@ -255,7 +255,7 @@ CASES = [
         each=True,
     ),
     Case("fedlodrop, official code over fslora", _of("fedlodrop", "fslora", mode="official_code"), MIXED, KEEPS, _SEED),
-    Case("fslora over fedlodrop", _of("fslora", "fedlodrop"), MIXED, KEEPS, kept_part(16)),
+    Case("fslora over fedlodrop", _of("fslora", _of("fedlodrop", law="exact")), MIXED, KEEPS, kept_part(16)),
     Case("fslora over fedadam", _of("fslora", _of("fedadam", lr=0.02)), MIXED, payload=_SEED, replaces=False),
     Case("fedlora_optimizer", _of("fedlora_optimizer"), payload=turns, each=True),
     Case(

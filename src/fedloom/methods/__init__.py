@@ -128,7 +128,8 @@ def build(table: Mapping[str, Any], lora: Mapping[str, Any] | None = None, where
         return cls(**values)
     except ConfigError as error:
         # A wrapper knows of the method under it, and not how deep it stands itself.
-        raise ConfigError(f"[{where}] {error}".replace("[method.over]", f"[{where}.over]")) from error
+        said = str(error).replace("[method.over]", f"[{where}.over]")
+        raise ConfigError(f"[{where}] {said}") from error
 
 
 def _table(over: object, where: str) -> Mapping[str, Any]:

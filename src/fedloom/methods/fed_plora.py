@@ -18,7 +18,7 @@ import torch
 from fedloom import slices
 from fedloom.core import Client, Factors, Mean, Round, Visit, Work
 from fedloom.methods.base import LoRA
-from fedloom.methods.zero_padding import mean_of_holders
+from fedloom.methods.holders import mean_of_holders
 from fedloom.rng import generator, seed_of
 from fedloom.spec import Spec, like
 from fedloom.state import Group, Sites, State, only
