@@ -180,6 +180,10 @@ class Case:
     """The server reads every upload, in some round: no sum will do."""
     replaces: bool = True
     """What one client trained is the next state; a server optimiser moves towards it instead."""
+    exchanges: int = 1
+    """Of the first round."""
+    integers: bool = False
+    """Uploads hold indices: no sum will do."""
 
     def lora(self) -> dict[str, Any]:
         """[lora]. Alpha is not the rank, so that a forgotten scale shows."""
@@ -301,13 +305,15 @@ CASES = [
     Case("fedsvd", _of("fedsvd"), payload=turned),
     Case("fedsvd, orthonormal, every second round", _of("fedsvd", a_init="orthonormal", every=2), payload=turned),
     # small cores
-    Case("fed_sb", _of("fed_sb"), payload=cores),
+    Case("fed_sb", _of("fed_sb"), payload=cores, one_phase=False, exchanges=2),
     Case("fed_sb, seed", _of("fed_sb", start="seed"), payload=seeded_cores),
-    Case("ravan", _of("ravan"), MIXED, payload=heads(4)),
-    Case("ravan, random", _of("ravan", choose="random", bases="normal", heads=2), MIXED, payload=heads(2)),
-    Case("ravan, gradient", _of("ravan", choose="gradient"), MIXED, payload=heads(4), one_phase=False),
-    Case("fedask", _of("fedask"), payload=sketched(0)),
-    Case("fedask, B alone, oversampled", _of("fedask", train="B", oversample=1), payload=sketched(1)),
+    Case("ravan", _of("ravan"), MIXED, payload=heads(4), integers=True),
+    Case(
+        "ravan, random", _of("ravan", choose="random", bases="normal", heads=2), MIXED, payload=heads(2), integers=True
+    ),
+    Case("ravan, gradient", _of("ravan", choose="gradient"), MIXED, payload=heads(4), one_phase=False, integers=True),
+    Case("fedask", _of("fedask"), payload=sketched(0), exchanges=2),
+    Case("fedask, B alone, oversampled", _of("fedask", train="B", oversample=1), payload=sketched(1), exchanges=2),
 ]
 """Every method, each of its options at least once, and the compositions."""
 
