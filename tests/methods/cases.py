@@ -307,7 +307,7 @@ CASES = [
     # small cores
     Case("fed_sb", _of("fed_sb"), payload=cores, one_phase=False, exchanges=2),
     Case("fed_sb, seed", _of("fed_sb", start="seed"), payload=seeded_cores),
-    Case("ravan", _of("ravan"), MIXED, payload=heads(4), integers=True),
+    Case("ravan", _of("ravan", heads=2), MIXED, payload=heads(2), integers=True),
     Case(
         "ravan, random", _of("ravan", choose="random", bases="normal", heads=2), MIXED, payload=heads(2), integers=True
     ),
