@@ -157,6 +157,18 @@ def sketched(more: int) -> Payload:
     return payload
 
 
+def summed(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Sums of factors down and changes up, each with a count of clients; a seed down."""
+    n = factors(client, t, received)[0] + 4
+    return n + 8, n
+
+
+def placed(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Both factors; down how often to train, if the client is new."""
+    down, up = factors(client, t, received)
+    return down + 8 * ("new" in received), up
+
+
 @dataclass(frozen=True)
 class Case:
     """A method's table, the clients' budgets where they are not full, and what tests must know of it."""
@@ -182,6 +194,8 @@ class Case:
     """What one client trained is the next state; a server optimiser moves towards it instead."""
     exchanges: int = 1
     """Of the first round."""
+    adds: bool = False
+    """The server adds up what clients change: three uploads count for more than one."""
     integers: bool = False
     """Uploads hold indices: no sum will do."""
 
@@ -314,6 +328,8 @@ CASES = [
     Case("ravan, gradient", _of("ravan", choose="gradient"), MIXED, payload=heads(4), one_phase=False, integers=True),
     Case("fedask", _of("fedask"), payload=sketched(0), exchanges=2),
     Case("fedask, B alone, oversampled", _of("fedask", train="B", oversample=1), payload=sketched(1), exchanges=2),
+    # personal models
+    Case("feddpa_f", _of("feddpa_f", mix=0.3)),
 ]
 """Every method, each of its options at least once, and the compositions."""
 
@@ -374,15 +390,24 @@ def frozen() -> Group:
 
 
 def update(work: Work, train: State | None = None) -> Group:
-    """What a work adds to each frozen weight, dense: offset + scale * B @ A."""
+    """What a work adds to each frozen weight, dense: offset + scale * B @ A; where a gate is, at an input of zero."""
     made = work.adapter(work.train if train is None else train, work.fixed)
-    assert made.gate is None, "the toy has no gates"
+    if made.gate is not None:
+        made = made._replace(B={site: B / len(made.gate[site]) for site, B in made.B.items()})
     dtype = max((x.dtype for x in (*made.A.values(), *made.B.values())), key=lambda kind: kind.itemsize)
     delta = {site: work.scale * (made.B[site].to(dtype) @ A.to(dtype)) for site, A in made.A.items()}
     for site, left in work.base.get("left", {}).items():
         right = work.base.get("right", {}).get(site)
         delta[site] = delta[site] + (left if right is None else left @ right)
     return delta
+
+
+def gated(work: Work, train: State, site: str, x: Tensor) -> Tensor:
+    """scale * B diag(softmax(gate x)) A x for rows x."""
+    A, B, gate = work.adapter(train, work.fixed)
+    assert gate is not None and not work.base
+    weights = (x @ gate[site].T).softmax(-1).repeat_interleave(len(A[site]) // len(gate[site]), -1)
+    return work.scale * (x @ A[site].T * weights) @ B[site].T
 
 
 @dataclass
@@ -403,10 +428,10 @@ class ToyTrainer:
     def loss(self, work: Work, train: State, data: Rows) -> Tensor:
         """Mean squared error of the toy model that `work` describes with `train` in place of its own leaves."""
         delta = update(work, train)
-        dtype = next(iter(delta.values())).dtype
+        dtype, gate = next(iter(delta.values())).dtype, work.adapter(train, work.fixed).gate
         x, y = (torch.from_numpy(part).to(dtype) for part in data)
         for site, W in frozen().items():
-            x = torch.tanh(x @ (W.to(dtype) + delta[site]).T)
+            x = torch.tanh(x @ W.to(dtype).T + (x @ delta[site].T if gate is None else gated(work, train, site, x)))
         head = train.get("head") or work.fixed.get("head") or first_head()
         error: Tensor = (x @ head["head.weight"].to(dtype).T + head["head.bias"].to(dtype) - y).square().mean()
         return error

@@ -35,6 +35,7 @@ _KNOWN = {
     "fed_sb": "fed_sb:FedSB",
     "ravan": "ravan:Ravan",
     "fedask": "fedask:FedASK",
+    "feddpa_f": "feddpa:FedDPAF",
 }
 
 
