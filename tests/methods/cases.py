@@ -330,6 +330,8 @@ CASES = [
     Case("fedask, B alone, oversampled", _of("fedask", train="B", oversample=1), payload=sketched(1), exchanges=2),
     # personal models
     Case("feddpa_f", _of("feddpa_f", mix=0.3)),
+    Case("fedalt", _of("fedalt"), payload=summed, head=False, adds=True),
+    Case("fedalt, fixed", _of("fedalt", mixer="fixed", mix=0.6), payload=summed, head=False, adds=True),
 ]
 """Every method, each of its options at least once, and the compositions."""
 

@@ -284,7 +284,7 @@ def test_one_client_is_its_own_training(case: Case) -> None:
             assert flat({"head": head}) == flat({"head": done["head"]})
 
 
-@one_exchange
+@pytest.mark.parametrize("case", [c for c in CASES if c.exchanges == 1 and not c.adds], ids=lambda case: case.label)
 def test_identical_clients_are_one_of_them(case: Case) -> None:
     method, client = full(case)
     trainer = ToyTrainer(record=True)

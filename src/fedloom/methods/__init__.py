@@ -36,6 +36,7 @@ _KNOWN = {
     "ravan": "ravan:Ravan",
     "fedask": "fedask:FedASK",
     "feddpa_f": "feddpa:FedDPAF",
+    "fedalt": "fedalt:FedALT",
 }
 
 
