@@ -332,6 +332,12 @@ CASES = [
     Case("feddpa_f", _of("feddpa_f", mix=0.3)),
     Case("fedalt", _of("fedalt"), payload=summed, head=False, adds=True),
     Case("fedalt, fixed", _of("fedalt", mixer="fixed", mix=0.6), payload=summed, head=False, adds=True),
+    Case(
+        "pf2lora_first_order",
+        _of("pf2lora_first_order", own_rank=1, own_lr=20.0),
+        payload=plus_down(factors, 8),
+        one_phase=False,
+    ),
 ]
 """Every method, each of its options at least once, and the compositions."""
 

@@ -37,6 +37,7 @@ _KNOWN = {
     "fedask": "fedask:FedASK",
     "feddpa_f": "feddpa:FedDPAF",
     "fedalt": "fedalt:FedALT",
+    "pf2lora_first_order": "pf2lora:PF2LoRAFirstOrder",
 }
 
 
