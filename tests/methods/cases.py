@@ -338,6 +338,14 @@ CASES = [
         payload=plus_down(factors, 8),
         one_phase=False,
     ),
+    Case(
+        "fedlease_clusters",
+        _of("fedlease_clusters", warmup=2, most=3),
+        payload=placed,
+        head=False,
+        one_phase=False,
+        each=True,
+    ),
 ]
 """Every method, each of its options at least once, and the compositions."""
 

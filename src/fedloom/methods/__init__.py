@@ -38,6 +38,7 @@ _KNOWN = {
     "feddpa_f": "feddpa:FedDPAF",
     "fedalt": "fedalt:FedALT",
     "pf2lora_first_order": "pf2lora:PF2LoRAFirstOrder",
+    "fedlease_clusters": "fedlease_clusters:FedLEASEClusters",
 }
 
 
