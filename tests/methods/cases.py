@@ -157,6 +157,18 @@ def sketched(more: int) -> Payload:
     return payload
 
 
+def summed(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Sums of factors down and changes up, each with a count of clients; a seed down."""
+    n = factors(client, t, received)[0] + 4
+    return n + 8, n
+
+
+def placed(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Both factors; down how often to train, if the client is new."""
+    down, up = factors(client, t, received)
+    return down + 8 * ("new" in received), up
+
+
 @dataclass(frozen=True)
 class Case:
     """A method's table, the clients' budgets where they are not full, and what tests must know of it."""
@@ -182,6 +194,12 @@ class Case:
     """The payload is a bound of what comes up: the client chooses what it sends, and nobody remembers it."""
     replaces: bool = True
     """What one client trained is the next state; a server optimiser moves towards it instead."""
+    exchanges: int = 1
+    """Of the first round."""
+    adds: bool = False
+    """The server adds up what clients change: three uploads count for more than one."""
+    integers: bool = False
+    """Uploads hold indices: no sum will do."""
 
     def lora(self) -> dict[str, Any]:
         """[lora]. Alpha is not the rank, so that a forgotten scale shows."""
@@ -305,13 +323,33 @@ CASES = [
     Case("fedsvd", _of("fedsvd"), payload=turned),
     Case("fedsvd, orthonormal, every second round", _of("fedsvd", a_init="orthonormal", every=2), payload=turned),
     # small cores
-    Case("fed_sb", _of("fed_sb"), payload=cores),
+    Case("fed_sb", _of("fed_sb"), payload=cores, one_phase=False, exchanges=2),
     Case("fed_sb, seed", _of("fed_sb", start="seed"), payload=seeded_cores),
-    Case("ravan", _of("ravan"), MIXED, payload=heads(4)),
-    Case("ravan, random", _of("ravan", choose="random", bases="normal", heads=2), MIXED, payload=heads(2)),
-    Case("ravan, gradient", _of("ravan", choose="gradient"), MIXED, payload=heads(4), one_phase=False),
-    Case("fedask", _of("fedask"), payload=sketched(0)),
-    Case("fedask, B alone, oversampled", _of("fedask", train="B", oversample=1), payload=sketched(1)),
+    Case("ravan", _of("ravan", heads=2), MIXED, payload=heads(2), integers=True),
+    Case(
+        "ravan, random", _of("ravan", choose="random", bases="normal", heads=2), MIXED, payload=heads(2), integers=True
+    ),
+    Case("ravan, gradient", _of("ravan", choose="gradient"), MIXED, payload=heads(4), one_phase=False, integers=True),
+    Case("fedask", _of("fedask"), payload=sketched(0), exchanges=2),
+    Case("fedask, B alone, oversampled", _of("fedask", train="B", oversample=1), payload=sketched(1), exchanges=2),
+    # personal models
+    Case("feddpa_f", _of("feddpa_f", mix=0.3)),
+    Case("fedalt", _of("fedalt"), payload=summed, head=False, adds=True),
+    Case("fedalt, fixed", _of("fedalt", mixer="fixed", mix=0.6), payload=summed, head=False, adds=True),
+    Case(
+        "pf2lora_first_order",
+        _of("pf2lora_first_order", own_rank=1, own_lr=20.0),
+        payload=plus_down(factors, 8),
+        one_phase=False,
+    ),
+    Case(
+        "fedlease_clusters",
+        _of("fedlease_clusters", warmup=2, most=3),
+        payload=placed,
+        head=False,
+        one_phase=False,
+        each=True,
+    ),
 ]
 """Every method, each of its options at least once, and the compositions."""
 
@@ -455,15 +493,24 @@ def frozen() -> Group:
 
 
 def update(work: Work, train: State | None = None) -> Group:
-    """What a work adds to each frozen weight, dense: offset + scale * B @ A."""
+    """What a work adds to each frozen weight, dense: offset + scale * B @ A; where a gate is, at an input of zero."""
     made = work.adapter(work.train if train is None else train, work.fixed)
-    assert made.gate is None, "the toy has no gates"
+    if made.gate is not None:
+        made = made._replace(B={site: B / len(made.gate[site]) for site, B in made.B.items()})
     dtype = max((x.dtype for x in (*made.A.values(), *made.B.values())), key=lambda kind: kind.itemsize)
     delta = {site: work.scale * (made.B[site].to(dtype) @ A.to(dtype)) for site, A in made.A.items()}
     for site, left in work.base.get("left", {}).items():
         right = work.base.get("right", {}).get(site)
         delta[site] = delta[site] + (left if right is None else left @ right)
     return delta
+
+
+def gated(work: Work, train: State, site: str, x: Tensor) -> Tensor:
+    """scale * B diag(softmax(gate x)) A x for rows x."""
+    A, B, gate = work.adapter(train, work.fixed)
+    assert gate is not None and not work.base
+    weights = (x @ gate[site].T).softmax(-1).repeat_interleave(len(A[site]) // len(gate[site]), -1)
+    return work.scale * (x @ A[site].T * weights) @ B[site].T
 
 
 @dataclass
@@ -484,10 +531,10 @@ class ToyTrainer:
     def loss(self, work: Work, train: State, data: Rows) -> Tensor:
         """Mean squared error of the toy model that `work` describes with `train` in place of its own leaves."""
         delta = update(work, train)
-        dtype = next(iter(delta.values())).dtype
+        dtype, gate = next(iter(delta.values())).dtype, work.adapter(train, work.fixed).gate
         x, y = (torch.from_numpy(part).to(dtype) for part in data)
         for site, W in frozen().items():
-            x = torch.tanh(x @ (W.to(dtype) + delta[site]).T)
+            x = torch.tanh(x @ W.to(dtype).T + (x @ delta[site].T if gate is None else gated(work, train, site, x)))
         head = train.get("head") or work.fixed.get("head") or first_head()
         error: Tensor = (x @ head["head.weight"].to(dtype).T + head["head.bias"].to(dtype) - y).square().mean()
         return error

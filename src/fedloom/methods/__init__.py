@@ -52,6 +52,10 @@ _KNOWN = {
     "fed_plora": "fed_plora:FedPLoRA",
     "lora_a2": "lora_a2:LoRAA2",
     "fedrora": "fedrora:FedRoRA",
+    "feddpa_f": "feddpa:FedDPAF",
+    "fedalt": "fedalt:FedALT",
+    "pf2lora_first_order": "pf2lora:PF2LoRAFirstOrder",
+    "fedlease_clusters": "fedlease_clusters:FedLEASEClusters",
 }
 
 
