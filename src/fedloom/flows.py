@@ -152,6 +152,11 @@ class Over(Method):
         return self.mine(own) | await self.over.personal(received, self.inner(own), visit)
 
 
+def followed_budgets(method: Method) -> frozenset[str]:
+    """The budgets that a method or one under it follows."""
+    return method.budgets | (followed_budgets(method.over) if isinstance(method, Over) else frozenset())
+
+
 def weighting(name: str, x: Exchange[Any]) -> Callable[[Client], float]:
     """The weights of an exchange: `uniform`, `examples`, or `auto` for its own."""
     return {"uniform": lambda client: 1.0, "examples": lambda client: float(client.examples)}.get(name, x.weight)
@@ -216,11 +221,24 @@ def rehearse(method: Method, client: Client, t: int) -> Rehearsal | None:
         server.close()
 
 
+def need_fixed_sizes(wrapper: Over) -> None:
+    """Raise ConfigError unless the server knows every size of what comes back to the method under a wrapper."""
+    over = wrapper.over
+    whole = Client("rehearsal", 1, over.rank)
+    for t in (1, 2):
+        seen = rehearse(over, whole, t)
+        if seen and (why := secret_sum_obstacle(seen.exchange.expects(whole, seen.received))):
+            raise ConfigError(
+                f"{wrapper.name} cannot go over {over.name}: of what comes back {why}: choose another [method.over]"
+            )
+
+
 def need_factors(wrapper: Over, what: str) -> None:
     """Raise ConfigError unless the method under a wrapper sends A and B whole, both ways, and keeps nothing with clients.
 
     `what` says in a few words what the wrapper takes of the factors.
     """
+    need_fixed_sizes(wrapper)
     over = wrapper.over
     whole = Client("rehearsal", 1, over.rank)
     factors = {
@@ -238,8 +256,6 @@ def need_factors(wrapper: Over, what: str) -> None:
                         f"{wrapper.name} cannot go over {over.name}: {what} needs both factors whole, and what {over.name} "
                         f"{where} clients in round {t} has {', '.join(state) or 'nothing'}: choose another [method.over]"
                     )
-        if why := secret_sum_obstacle(seen.exchange.expects(whole, seen.received)):
-            raise ConfigError(f"{wrapper.name} cannot go over {over.name}: {why}: choose another [method.over]")
         if seen.kept:
             raise ConfigError(
                 f"{wrapper.name} cannot go over {over.name}: it keeps {', '.join(seen.kept)} with the client, and {what} is "
@@ -268,6 +284,7 @@ def need_trained(wrapper: Over, what: str) -> None:
 
     `what` says in a few words what the wrapper takes of it.
     """
+    need_fixed_sizes(wrapper)
     over = wrapper.over
     whole = Client("rehearsal", 1, over.rank)
     for t in (1, 2):
@@ -283,15 +300,13 @@ def need_trained(wrapper: Over, what: str) -> None:
                     f"received, and {role} is something else in round {t}: choose another [method.over]"
                     + (f", or put {over.name} over {wrapper.name}" if isinstance(over, Over) else "")
                 )
-        if why := secret_sum_obstacle(seen.exchange.expects(whole, seen.received)):
-            raise ConfigError(f"{wrapper.name} cannot go over {over.name}: {why}: choose another [method.over]")
 
 
-def need_whole(wrapper: Method, client: Client, what: str) -> None:
+def need_whole(wrapper: Method, client: Client, advice: str = "") -> None:
     """Raise ConfigError unless a client has the whole of every budget: with less, it may train other tensors each round."""
     for name, budget in BUDGETS.items():
         if getattr(client, name) != whole_budget(wrapper, name):
             raise ConfigError(
-                f"{wrapper.name} needs clients that train the same tensors in every round, {what}, got "
-                f"{name} {getattr(client, name)} for client {client.id!r}: remove {budget.key} from [clients]"
+                f"{wrapper.name} needs clients that train the same tensors in every round, got "
+                f"{name} {getattr(client, name)} for client {client.id!r}: remove {budget.key} from [clients]{advice}"
             )

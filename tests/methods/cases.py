@@ -208,6 +208,8 @@ CASES = [
         each=True,
     ),
     Case("fedlodrop, official code over fslora", _of("fedlodrop", "fslora", mode="official_code"), MIXED, KEEPS, _SEED),
+    Case("fslora over fedlodrop", _of("fslora", "fedlodrop"), MIXED, KEEPS, kept_part(16)),
+    Case("fslora over fedadam", _of("fslora", _of("fedadam", lr=0.02)), MIXED, payload=_SEED, replaces=False),
     Case("fedlora_optimizer", _of("fedlora_optimizer"), payload=turns, each=True),
     Case(
         "fedlora_optimizer, factors, row",

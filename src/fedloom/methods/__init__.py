@@ -69,9 +69,12 @@ def get(name: str) -> type[Method]:
         raise ConfigError(
             f"method {name!r} cannot be imported ({error}); expected an importable 'module:Class'"
         ) from error
-    if not (isinstance(cls, type) and issubclass(cls, Method)) or getattr(cls, "__abstractmethods__", None):
-        raise ConfigError(f"{name!r} is not a method: expected a subclass of fedloom.core.Method with all it needs")
-    return cls
+    whole = isinstance(cls, type) and issubclass(cls, Method) and not getattr(cls, "__abstractmethods__", None)
+    if not whole or not isinstance(getattr(cls, "name", None), str):
+        raise ConfigError(
+            f"{name!r} is not a method: expected a subclass of fedloom.core.Method with a `name` and all it needs"
+        )
+    return cast(type[Method], cls)
 
 
 def build(table: Mapping[str, Any], lora: Mapping[str, Any] | None = None, where: str = "method") -> Method:
@@ -107,7 +110,8 @@ def build(table: Mapping[str, Any], lora: Mapping[str, Any] | None = None, where
     try:
         return cls(**values)
     except ConfigError as error:
-        raise ConfigError(f"[{where}] {error}") from error
+        # A wrapper knows of the method under it, and not how deep it stands itself.
+        raise ConfigError(f"[{where}] {error}".replace("[method.over]", f"[{where}.over]")) from error
 
 
 def _table(over: object, where: str) -> Mapping[str, Any]:

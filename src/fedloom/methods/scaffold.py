@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedloom import lora
 from fedloom.core import Averaged, Client, Exchange, Round, Trained, Upload, Visit, Work
-from fedloom.flows import Over, need_whole, relay
+from fedloom.flows import Over, need_fixed_sizes, need_whole, relay
 from fedloom.spec import like
 from fedloom.state import State, only, zeros_like
 
@@ -34,9 +34,13 @@ class Scaffold(Over):
     group: ClassVar[str] = "local training"
     adds: ClassVar[tuple[str, ...]] = ("c_",)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        need_fixed_sizes(self)
+
     def check(self, client: Client) -> None:
         super().check(client)
-        need_whole(self, client, "to correct their drift")
+        need_whole(self, client)
 
     async def server(self, state: State, round: Round) -> State:
         c = self.mine(state) or {f"c_{role}": x for role, x in zeros_like(only(state, *ROLES)).items()}
