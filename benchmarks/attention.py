@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedloom.train.attention import plain
+from fedloom.train.kernels.packed_attention import plain
 
 
 def best(run: Callable[[], object]) -> float:

@@ -12,15 +12,15 @@ import tempfile
 import time
 from pathlib import Path
 
+from fedloom.engines.inprocess import InProcess
+from fedloom.runs.assemble import Parts
+from fedloom.runs.session import _Timed
 from machine import describe
 
 from fedloom import checkpoint, methods
-from fedloom.checkpoint import Kept
-from fedloom.engines.inprocess import InProcess
+from fedloom.checkpoint import ClientStates
 from fedloom.loop import one_round
-from fedloom.runs.assemble import Parts
 from fedloom.runs.config import parse
-from fedloom.runs.session import _Timed
 
 
 def main() -> None:

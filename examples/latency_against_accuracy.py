@@ -17,7 +17,7 @@ import fedloom
 from fedloom.errors import ConfigError
 from fedloom.wireless import Allocation, allocate, read_fleet
 from fedloom.wireless.allocate import describe
-from fedloom.wireless.baselines import baseline
+from fedloom.wireless.solvers.baselines import baseline
 
 HERE = Path(__file__).parent
 

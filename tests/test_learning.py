@@ -13,7 +13,7 @@ import torch
 
 import fedloom
 from fedloom.wireless import allocate, read_fleet
-from fedloom.wireless.baselines import baseline
+from fedloom.wireless.solvers.baselines import baseline
 
 pytestmark = pytest.mark.slow
 Need = Callable[[str], None]

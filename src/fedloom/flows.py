@@ -194,19 +194,20 @@ class Rehearsal:
 _STAGE: Sites = {"first": (5, 7), "second": (6, 5)}
 
 
-def rehearse(method: Method, client: Client, t: int) -> Rehearsal | None:
+def rehearse(method: Method, client: Client, t: int, sites: Sites | None = None) -> Rehearsal | None:
     """What a method does with a client in round t, up to its first exchange; None if it has no exchange in that round.
 
     Wrappers ask so that a composition that cannot work is refused when it is named, whatever method it is over.
     """
-    state = method.init(_STAGE, generator("rehearsal"))
-    server = method.server(state, Round(t, (client,), 1, _STAGE))
+    sites = sites or _STAGE
+    state = method.init(sites, generator("rehearsal"))
+    server = method.server(state, Round(t, (client,), 1, sites))
     try:
         exchange = server.send(None)
         if not isinstance(exchange, Exchange):
             return None
         received = exchange.send(client)
-        flow = method.client(received, {}, Visit(t, client, _STAGE, generator("rehearsal")))
+        flow = method.client(received, {}, Visit(t, client, sites, generator("rehearsal")))
         first: Work | None = None
         asked: Any = flow.send(None)
         while isinstance(asked, Work):

@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.engines.link import GridLink
-from fedloom.engines.local import Deployment
+from fedloom.flower import coordinator
+from fedloom.flower.sandbox import Deployment
+from fedloom.flower.transport import GridTransport
+from fedloom.runs.flower_node import local_worker
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of workers in this process are there at once: no pause between looks."""
+    monkeypatch.setattr(coordinator, "POLL_S", 0.001)
 
 
 @pytest.fixture(scope="package")
@@ -17,9 +25,9 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package")
-def link(logs: Path) -> Iterator[GridLink]:
+def transport(logs: Path) -> Iterator[GridTransport]:
     pytest.importorskip("flwr")
-    with Deployment(2, logs, threads=1) as deployment:
-        link = deployment.connect()
-        yield link
-        link.close()
+    with Deployment(2, logs, lambda path: local_worker(path, 1)) as deployment:
+        transport = deployment.connect()
+        yield transport
+        transport.close()

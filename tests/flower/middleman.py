@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
-from fedloom.engines import channel
-from fedloom.errors import RunError
+from fedloom.flower import ipc
 
 Rule = Callable[[bytes, Callable[[bytes], bytes]], bytes]
 """(message, the worker) -> the answer that the SuperNode's app gets."""
@@ -22,28 +20,23 @@ class Middleman:
     """Listens at `path` for the worker at `behind`. `rules` are used up one a message; honest after the last."""
 
     def __init__(self, path: Path, behind: Path) -> None:
-        self.path, self.behind, self._closed = path, behind, False
+        self.behind = behind
         self.rules: list[Rule] = []
         self.seen: list[tuple[bytes, bytes]] = []
-        self._listener = channel.listen(path)
+        self._listener = ipc.Listener(path)
         threading.Thread(target=self._serve, daemon=True).start()
 
     def ask(self, message: bytes) -> bytes:
-        with channel.connect(self.behind, 60.0) as connection:
+        with ipc.connect(self.behind, 60.0) as connection:
             connection.send_bytes(message)
             return connection.recv_bytes()
 
     def close(self) -> None:
-        self._closed = True
-        with suppress(RunError):
-            channel.connect(self.path, 1.0).close()  # so that the thread looks up
         self._listener.close()
 
     def _serve(self) -> None:
-        while True:
-            with self._listener.accept() as connection:
-                if self._closed:
-                    return
+        while (connection := self._listener.accept()) is not None:
+            with connection:
                 message = connection.recv_bytes()
                 rule = self.rules.pop(0) if self.rules else honest
                 answer = rule(message, self.ask)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import fedloom
-from fedloom.engines import local
-from fedloom.engines.envelope import WireError
+from fedloom.flower import sandbox
+from fedloom.flower.message import WireError
 
 flwr = pytest.importorskip("flwr")
 SOURCE = Path(fedloom.__file__).parent
@@ -28,7 +28,7 @@ def parameters(of: object) -> set[str]:
 def test_the_version_is_the_pinned_one() -> None:
     got = version("flwr")
     assert got.startswith("1.41."), (
-        f"flwr {got} is installed, the engine was written for 1.41: run tests/engines against it, "
+        f"flwr {got} is installed, the engine was written for 1.41: run tests/flower against it, "
         "then widen the pin in pyproject.toml and here"
     )
     project = tomllib.loads((SOURCE.parent.parent / "pyproject.toml").read_text())
@@ -44,12 +44,12 @@ def test_one_module_imports_flwr() -> None:
             if any(name == "flwr" or name.startswith("flwr.") for name in names):
                 found.add(str(path.relative_to(SOURCE)))
                 assert all(name in ("flwr.app", "flwr.serverapp", "flwr.clientapp") for name in names if "flwr" in name)
-    assert found == {"engines/flower.py"}
+    assert found == {"flower/apps.py"}
 
 
 def test_the_apps_import_neither_torch_nor_the_rest_of_us() -> None:
     code = (
-        "import sys, fedloom.engines.flower;"
+        "import sys, fedloom.flower.apps;"
         "print(sorted(x for x in sys.modules if x in ('torch', 'transformers', 'fedloom.core', 'ray')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -80,7 +80,7 @@ def test_the_grid_and_its_messages_are_as_we_use_them() -> None:
 def test_our_bytes_pass_through_flowers_record_unchanged() -> None:
     from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-    from fedloom.engines.flower import KEY, RECORD, unwrap, wrap
+    from fedloom.flower.apps import KEY, RECORD, unwrap, wrap
 
     data = bytes(range(256)) * 50_000  # more than one of the chunks that Flower cuts
     assert unwrap(wrap(data)) == data
@@ -113,14 +113,14 @@ def test_our_bytes_pass_through_flowers_record_unchanged() -> None:
 def test_flowers_commands_have_the_options_that_we_pass(name: str, flags: str, tmp_path: Path) -> None:
     import os
 
-    env = os.environ | local.environment(tmp_path) | {"COLUMNS": "200"}
-    done = subprocess.run([local.command(name), "--help"], capture_output=True, text=True, timeout=120, env=env)
+    env = os.environ | sandbox.environment(tmp_path) | {"COLUMNS": "200"}
+    done = subprocess.run([sandbox.command(name), "--help"], capture_output=True, text=True, timeout=120, env=env)
     missing = [flag for flag in flags.split() if flag not in done.stdout]
     assert done.returncode == 0 and not missing, f"{name} has no {missing}"
 
 
 def test_what_calls_home_is_off() -> None:
-    env = local.environment(Path("/nowhere"))
+    env = sandbox.environment(Path("/nowhere"))
     assert env["FLWR_TELEMETRY_ENABLED"] == "0" and env["FLWR_DISABLE_UPDATE_CHECK"] == "1"
     assert env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
-    assert "--disable-runtime-dependency-installation" in local.superlink(1)
+    assert "--disable-runtime-dependency-installation" in sandbox.superlink(1)

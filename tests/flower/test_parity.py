@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedloom.engines.link import GridLink
-from fedloom.runs import session
+from fedloom.flower.transport import GridTransport
+from fedloom.runs import run as runs
 from fedloom.runs.config import parse
 
 from ..methods.cases import RUNS, sections
@@ -20,6 +20,9 @@ Settings = Callable[..., dict[str, Any]]
 
 STATELESS = ("ffa_lora", "hetlora", "flexlora", "fedlodrop", "fedlodrop-over-fslora")
 """Their second round sends and does nothing that the first did not: one is enough, and five seconds less."""
+
+PERSONAL = ("fedsa_lora", "fedlora_optimizer", "feddpa")
+"""Every client ends with a model of its own."""
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +39,7 @@ def tensors(run: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_same_bytes_in_process_and_through_flower(
-    name: str, settings: Settings, link: GridLink, tmp_path: Path
+    name: str, settings: Settings, transport: GridTransport, tmp_path: Path
 ) -> None:
     values = settings(
         **sections(name),
@@ -44,17 +47,17 @@ def test_the_same_bytes_in_process_and_through_flower(
         engine={"cohort": 1, "deadline_s": 120.0},
     )
     config = parse(values, "test")
-    here = session.start(config, tmp_path / "here")
-    far = session.start(config, tmp_path / "far", link=link)
+    here = runs.start(config, tmp_path / "here")
+    far = runs.start(config, tmp_path / "far", transport=transport)
 
     assert tensors(tmp_path / "far") == tensors(tmp_path / "here")
-    assert len(tensors(tmp_path / "here")) == (4 if name in ("fedsa_lora", "fedlora_optimizer") else 1)
+    assert len(tensors(tmp_path / "here")) == (4 if name in PERSONAL else 1)
     for ours, theirs in zip(here.rounds, far.rounds, strict=True):
         for key in ("clients", "dropped", "eval", "bytes_up", "bytes_down", "train_loss", "eval_clients"):
             assert theirs.get(key) == ours.get(key), key
 
 
-def test_the_base_model_was_loaded_once_by_each_node(link: GridLink, logs: Path) -> None:
+def test_the_base_model_was_loaded_once_by_each_node(transport: GridTransport, logs: Path) -> None:
     for log in sorted(logs.glob("worker-*.log")):
         said = re.findall(r"process (\d+), base model loaded (\d+) time", log.read_text())
         assert len(said) > 1 and set(said) == {(said[0][0], "1")}

@@ -17,14 +17,15 @@ from typing import Any
 import pytest
 import tomli_w
 
-from fedloom.engines import local
-from fedloom.engines.local import Keeper, Spec, free_ports
 from fedloom.errors import ConfigError
-from fedloom.runs import inspect
-from fedloom.runs.assemble import Parts
+from fedloom.flower import sandbox
+from fedloom.flower.sandbox import free_ports
+from fedloom.flower.supervisor import Program, Supervisor
+from fedloom.runs import finished
 from fedloom.runs.config import parse
-from fedloom.runs.directory import RunDirectory
-from fedloom.runs.node import agreement, site
+from fedloom.runs.experiment import experiment
+from fedloom.runs.flower_node import agreement, remote_node
+from fedloom.runs.run_directory import RunDirectory
 
 Settings = Callable[..., dict[str, Any]]
 CLI = [sys.executable, "-c", "from fedloom.cli.main import main; main()"]
@@ -84,27 +85,27 @@ def test_two_sites_with_tls_and_node_authentication(settings: Settings, question
     )
     del values["clients"]
     (folder / "run.toml").write_text(tomli_w.dumps(values))
-    env = local.environment(folder / "home")
+    env = sandbox.environment(folder / "home")
     port, *runtime = free_ports(4)
 
     def tls(ca: str, name: str) -> list[str]:
         files = {"--ssl-ca-certfile": f"{ca}.crt", "--ssl-certfile": f"{name}.pem", "--ssl-keyfile": f"{name}.key"}
         return [part for option, file in files.items() for part in (option, str(folder / file))]
 
-    def node(k: int, name: str) -> Spec:
-        start = [local.command("flower-supernode"), "--root-certificates", str(folder / "ca.crt")]
+    def node(k: int, name: str) -> Program:
+        start = [sandbox.command("flower-supernode"), "--root-certificates", str(folder / "ca.crt")]
         start += ["--superlink", f"127.0.0.1:{port}", "--port", str(runtime[k])]
         start += tls("local-ca", "local")
         start += ["--auth-supernode-private-key", str(folder / name)]
-        return Spec(f"supernode-{name}", [*start, "--node-config", f'worker="{folder}/{name}.socket"'], env)
+        return Program(f"supernode-{name}", [*start, "--node-config", f'worker="{folder}/{name}.socket"'], env)
 
-    def worker(name: str, *more: str) -> Spec:
+    def worker(name: str, *more: str) -> Program:
         start = [*CLI, "node", str(folder / "run.toml"), "--data", str(folder / f"{name}.jsonl"), "--id", name]
         start += ["--socket", str(folder / f"{name}.socket"), "--folder", str(folder / f"site-{name}"), *more]
-        return Spec(f"node-{name}", start, env)
+        return Program(f"node-{name}", start, env)
 
     link = [
-        local.command("flower-superlink"),
+        sandbox.command("flower-superlink"),
         *tls("ca", "server"),
         "--enable-supernode-auth",
         "--host",
@@ -113,9 +114,11 @@ def test_two_sites_with_tls_and_node_authentication(settings: Settings, question
         str(port),
     ]
     link += ["--database", str(folder / "state.db"), "--disable-runtime-dependency-installation"]
-    keepers = [Keeper([Spec("superlink", link, env), worker("north"), worker("south", "--rank", "2")], folder / "logs")]
+    supervisors = [
+        Supervisor([Program("superlink", link, env), worker("north"), worker("south", "--rank", "2")], folder / "logs")
+    ]
     try:
-        local.wait_for_port(port, lambda: keepers[0].running("superlink"), "the SuperLink")
+        sandbox.wait_for_port(port, lambda: supervisors[0].running("superlink"), "the SuperLink")
         home = folder / "home"
         home.mkdir(exist_ok=True)
         (home / "config.toml").write_text(
@@ -123,20 +126,20 @@ def test_two_sites_with_tls_and_node_authentication(settings: Settings, question
             f'root-certificates = "{folder}/ca.crt"\n'
         )
         for name in ("north", "south"):
-            sh(f"{local.command('flwr')} supernode register {name}.pub sites", folder, **env)
-        keepers.append(Keeper([node(0, "north"), node(1, "south"), node(2, "stranger")], folder / "logs"))
+            sh(f"{sandbox.command('flwr')} supernode register {name}.pub sites", folder, **env)
+        supervisors.append(Supervisor([node(0, "north"), node(1, "south"), node(2, "stranger")], folder / "logs"))
         serve = [*CLI, "serve", str(folder / "run.toml"), "--superlink", f"127.0.0.1:{port}", "--clients", "2"]
         serve += ["--root-certificates", str(folder / "ca.crt"), "--out", str(folder / "run")]
         done = subprocess.run(serve, capture_output=True, text=True, timeout=240, env=os.environ | env, cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
         until = time.monotonic() + 30
-        while keepers[1].running("supernode-stranger") and time.monotonic() < until:
+        while supervisors[1].running("supernode-stranger") and time.monotonic() < until:
             time.sleep(0.2)
-        assert not keepers[1].running("supernode-stranger")
+        assert not supervisors[1].running("supernode-stranger")
         assert "305" in (folder / "logs" / "supernode-stranger.log").read_text()
     finally:
-        for keeper in reversed(keepers):
-            keeper.close()
+        for supervisor in reversed(supervisors):
+            supervisor.close()
 
     run = RunDirectory(folder / "run")
     assert run.manifest()["clients"] == {
@@ -154,8 +157,8 @@ def test_two_sites_with_tls_and_node_authentication(settings: Settings, question
         )
         assert len(said) >= 2 and len(set(said)) == 1 and said[0][1] == "1"
     # What a run in one process can be asked, this one can.
-    assert all(expected == now for _, expected, now in inspect.verify(run.path))
-    assert inspect.evaluate_saved(run.path) == pytest.approx(run.rounds()[-1]["eval"], abs=1e-5)
+    assert all(expected == now for _, expected, now in finished.verify(run.path))
+    assert finished.evaluate_saved(run.path) == pytest.approx(run.rounds()[-1]["eval"], abs=1e-5)
     # Rows stay where they are: a word that all of them have is nowhere with the server, nor in what the SuperLink stored.
     stored = [path for path in (folder / "run").rglob("*") if path.is_file()] + list(folder.glob("state.db*"))
     assert len(stored) > 5 and not any(SECRET.encode() in path.read_bytes() for path in stored)
@@ -164,9 +167,9 @@ def test_two_sites_with_tls_and_node_authentication(settings: Settings, question
 def test_a_site_takes_part_only_in_the_run_of_its_own_file(settings: Settings, tmp_path: Path) -> None:
     ours = parse(settings(clients={"count": 1}, train={"rounds": 3}), "test")
     theirs = parse(settings(clients={"count": 1}, train={"rounds": 3, "lr": 0.5}, method={"name": "fedit"}), "test")
-    parts = Parts(ours)
-    node = site(ours, "north", tmp_path)
-    header = {"run": "1", "labels": parts.tables.labels, "model": parts.base.sha256}
+    e = experiment(ours)
+    node = remote_node(ours, "north", tmp_path)
+    header = {"run": "1", "labels": e.tables.labels, "metrics": e.tables.metrics, "model": e.base.sha256}
     with pytest.raises(ConfigError, match=r"method\.name, train\.lr differ"):
         node.setup(header | {"agreement": agreement(theirs)})
     with pytest.raises(ConfigError, match="named no labels"):
@@ -175,5 +178,7 @@ def test_a_site_takes_part_only_in_the_run_of_its_own_file(settings: Settings, t
         node.setup(header | {"run": "../../etc", "agreement": agreement(ours)})
     with pytest.raises(ConfigError, match="base model here is not the server's"):
         node.setup(header | {"agreement": agreement(ours), "model": "0"})
-    (client,) = node.setup(header | {"agreement": agreement(ours)})
+    with pytest.raises(ConfigError, match="named no metrics"):
+        node.setup(header | {"agreement": agreement(ours), "metrics": [1]})
+    (client,) = node.setup(header | {"agreement": agreement(ours)}).clients
     assert (client.id, client.rank, client.keep) == ("north", 4, 1.0) and node.loads == 1

@@ -112,6 +112,51 @@ def controlled(client: Client, t: int, received: State) -> tuple[int, int]:
     return 2 * down + HEAD_BYTES, 2 * up + HEAD_BYTES
 
 
+def alternating(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Both factors down; up B in odd rounds and A in even ones."""
+    return factors(client, t, received)[0], 4 * client.rank * (OUTS if t % 2 else INS)
+
+
+def turned(client: Client, t: int, received: State) -> tuple[int, int]:
+    """B both ways; down the (r, r) turn of A and the seed of its basis."""
+    up = 4 * client.rank * OUTS
+    return up + len(SITES) * 4 * client.rank**2 + 8, up
+
+
+def seeded_cores(client: Client, t: int, received: State) -> tuple[int, int]:
+    """The (r, r) cores both ways, and the seed of their bases down."""
+    n = len(SITES) * 4 * client.rank**2
+    return n + 8, n
+
+
+def cores(client: Client, t: int, received: State) -> tuple[int, int]:
+    """The cores both ways and their bases down; in round 1 a start from a seed, and the dense gradient up, besides."""
+    n = len(SITES) * 4 * client.rank**2
+    bases = factors(client, t, received)[0]
+    return (n + bases, n) if t > 1 else (2 * n + bases + 8, n + sum(4 * m * n for m, n in SITES.values()))
+
+
+def heads(count: int) -> Payload:
+    """All heads and a seed down; those that the client's rank pays for up, and which they are."""
+
+    def payload(client: Client, t: int, received: State) -> tuple[int, int]:
+        one, mine = 4 * (RANK // count) ** 2, max(1, client.rank * count // RANK)
+        return len(SITES) * count * one + 8, len(SITES) * mine * (one + 8)
+
+    return payload
+
+
+def sketched(more: int) -> Payload:
+    """Factors, a seed and Q down, Y and Z up."""
+
+    def payload(client: Client, t: int, received: State) -> tuple[int, int]:
+        width = {site: min(client.rank + more, *shape) for site, shape in SITES.items()}
+        Y, Z = (sum(4 * SITES[site][side] * q for site, q in width.items()) for side in (0, 1))
+        return factors(client, t, received)[0] + 8 + Y, Y + Z
+
+    return payload
+
+
 @dataclass(frozen=True)
 class Case:
     """A method's table, the clients' budgets where they are not full, and what tests must know of it."""
@@ -249,6 +294,22 @@ CASES = [
         kept_part(16),
         replaces=False,
     ),
+    # alternation and alignment
+    Case("rolora", _of("rolora"), payload=alternating),
+    Case("fedrot_lora", _of("fedrot_lora")),
+    Case("fedrot_lora, hard", _of("fedrot_lora", rotation=1.0)),
+    Case("fedrot_lora, A alone", _of("fedrot_lora", align="A")),
+    Case("lora_fair", _of("lora_fair", weight=0.001), each=True),
+    Case("fedsvd", _of("fedsvd"), payload=turned),
+    Case("fedsvd, orthonormal, every second round", _of("fedsvd", a_init="orthonormal", every=2), payload=turned),
+    # small cores
+    Case("fed_sb", _of("fed_sb"), payload=cores),
+    Case("fed_sb, seed", _of("fed_sb", start="seed"), payload=seeded_cores),
+    Case("ravan", _of("ravan"), MIXED, payload=heads(4)),
+    Case("ravan, random", _of("ravan", choose="random", bases="normal", heads=2), MIXED, payload=heads(2)),
+    Case("ravan, gradient", _of("ravan", choose="gradient"), MIXED, payload=heads(4), one_phase=False),
+    Case("fedask", _of("fedask"), payload=sketched(0)),
+    Case("fedask, B alone, oversampled", _of("fedask", train="B", oversample=1), payload=sketched(1)),
 ]
 """Every method, each of its options at least once, and the compositions."""
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import fedloom
-from fedloom.data.text import collate
-from fedloom.errors import ConfigError, DataError, ModelError, RoundError, RunError
 from fedloom.core import Work
+from fedloom.data.batches import collate
+from fedloom.errors import ConfigError, DataError, ModelError, RoundError, RunError
 from fedloom.runs import export, finished
 from fedloom.runs.experiment import Experiment, experiment
 

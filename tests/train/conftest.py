@@ -18,20 +18,25 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
 )
 
 from fedloom import lora
 from fedloom.core import Client, State, Work
-from fedloom.data.text import Encoded, Kind
-from fedloom.train.adapter import sites_of
+from fedloom.data.batches import Encoded, Kind
+from fedloom.rng import generator
+from fedloom.train.lora_linear import find_layers, shape_of
 
 VOCABULARY = 40
 
 
 @dataclass(frozen=True)
-class Family:
+class Tiny:
     """A tiny model, what is adapted in it and what it is for."""
 
     model: nn.Module
@@ -40,7 +45,7 @@ class Family:
     kind: Kind
 
 
-def _build(name: str) -> Family:
+def _build(name: str) -> Tiny:
     torch.manual_seed(0)
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     gpt2 = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 1}
@@ -51,31 +56,39 @@ def _build(name: str) -> Family:
             ("query", "value", "output.dense"),
             ["classifier"],
         )
-    elif name == "roberta":
-        config = RobertaConfig(
-            vocab_size=VOCABULARY, num_labels=1, pad_token_id=0, max_position_embeddings=130, **small
-        )
-        model, ends, heads = RobertaForSequenceClassification(config), ("query", "value"), ["classifier"]
+    elif name in ("roberta", "xlm-roberta"):
+        configure: Any = RobertaConfig if name == "roberta" else XLMRobertaConfig
+        config = configure(vocab_size=VOCABULARY, num_labels=1, pad_token_id=0, max_position_embeddings=130, **small)
+        make: Any = RobertaForSequenceClassification if name == "roberta" else XLMRobertaForSequenceClassification
+        model, ends, heads = make(config), ("query", "value"), ["classifier"]
     elif name == "llama":
         config = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=1, pad_token_id=0, eos_token_id=1, **small)
         model, ends, heads = LlamaForCausalLM(config), ("q_proj", "v_proj", "down_proj"), []
+    elif name == "qwen2":
+        qwen2 = Qwen2Config(vocab_size=VOCABULARY, num_key_value_heads=1, pad_token_id=0, eos_token_id=1, **small)
+        model, ends, heads = Qwen2ForCausalLM(qwen2), ("q_proj", "k_proj", "v_proj", "up_proj"), []
     elif name == "gpt2":
         model, ends, heads = GPT2LMHeadModel(GPT2Config(**gpt2)), ("c_attn", "mlp.c_fc"), []
     else:
         config = GPT2Config(**gpt2, num_labels=3, pad_token_id=0)
         model, ends, heads = GPT2ForSequenceClassification(config), ("c_attn",), ["score"]
-    kinds: dict[str, Kind] = {"bert": "classification", "roberta": "regression", "gpt2-classifier": "classification"}
+    kinds: dict[str, Kind] = {
+        "bert": "classification",
+        "roberta": "regression",
+        "xlm-roberta": "regression",
+        "gpt2-classifier": "classification",
+    }
     sites = [
         n
         for n, _ in model.named_modules()
         if (n.endswith(ends) and ".layer" in f".{n}") or n.endswith(("c_attn", "c_fc"))
     ]
-    return Family(model, sites, heads, kinds.get(name, "causal-lm"))
+    return Tiny(model, sites, heads, kinds.get(name, "causal-lm"))
 
 
 @pytest.fixture
-def build() -> Callable[[str], Family]:
-    """A new tiny model by name: bert, roberta, llama, gpt2, gpt2-classifier."""
+def build() -> Callable[[str], Tiny]:
+    """A new tiny model by name: bert, roberta, xlm-roberta, llama, qwen2, gpt2, gpt2-classifier."""
     return _build
 
 
@@ -108,12 +121,12 @@ def works() -> Callable[..., list[tuple[Client, Work]]]:
     """(family, ranks, dtype) -> one client per rank with random A, B and the model's own head."""
 
     def make(
-        family: Family, ranks: Sequence[int] = (2, 4, 8), dtype: torch.dtype = torch.float64
+        family: Tiny, ranks: Sequence[int] = (2, 4, 8), dtype: torch.dtype = torch.float64
     ) -> list[tuple[Client, Work]]:
-        sites = sites_of(family.model, family.sites)
+        sites = {site: shape_of(layer) for site, layer in find_layers(family.model, family.sites).items()}
         made = []
         for k, rank in enumerate(ranks):
-            rng = lora.generator(0, k, "work")
+            rng = generator(0, k, "work")
             state: State = lora.init(sites, rank, rng)
             state["B"] = {site: torch.randn(m, rank, generator=rng) * 0.1 for site, (m, _) in sites.items()}
             if family.heads:

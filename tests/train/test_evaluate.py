@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.core import Work
-from fedloom.data.text import Encoded, collate
-from fedloom.methods.fedit import FedIT
+from fedloom.data.batches import Encoded, collate
 from fedloom.train.trainer import Trainer
 
 
@@ -36,7 +35,7 @@ def test_logits_are_those_of_the_merged_model_in_row_order(name: str, build: Any
     family = build(name)
     work, data = works(family)[1][1], rows(21, family.kind)
     with Trainer(family.model, family.sites, family.heads) as trainer:
-        result = trainer.evaluate(FedIT(), work, data, batch_size=4)
+        result = trainer.evaluate(work, data, batch_size=4)
     merge(family, work)
     assert data.targets is not None
     with torch.no_grad():
@@ -60,13 +59,15 @@ def test_causal_loss_is_the_mean_over_answer_tokens(name: str, build: Any, rows:
     family = build(name)
     work, data = works(family)[1][1], rows(9, family.kind)
     with Trainer(family.model, family.sites, family.heads) as trainer:
-        result = trainer.evaluate(FedIT(), work, data, batch_size=4)
+        result = trainer.evaluate(work, data, batch_size=4)
     merge(family, work)
     batch = collate([(data, np.arange(9))])
-    with torch.no_grad():
-        wanted = family.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
-    assert result.loss == pytest.approx(float(wanted), abs=1e-6)  # transformers' loss is float32
     assert data.starts is not None
+    answer = torch.arange(batch.input_ids.shape[1]) >= torch.from_numpy(data.starts).unsqueeze(1)
+    labels = batch.input_ids.masked_fill(~answer | (batch.attention_mask == 0), -100)
+    with torch.no_grad():
+        wanted = family.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+    assert result.loss == pytest.approx(float(wanted), abs=1e-6)  # transformers' loss is float32
     assert result.count == int((data.lengths - data.starts).sum())
     assert result.logits is None
 
@@ -76,7 +77,7 @@ def test_answers_are_those_of_each_prompt_alone(name: str, build: Any, rows: Any
     family = build(name)
     work, data = works(family)[1][1], rows(9, family.kind)
     with Trainer(family.model, family.sites, family.heads) as trainer:
-        answers = trainer.generate(FedIT(), work, data, max_new_tokens=6, batch_size=4)
+        answers = trainer.generate(work, data, max_new_tokens=6, batch_size=4)
     merge(family, work)
     assert data.starts is not None
     for i, answer in enumerate(answers):
@@ -87,4 +88,4 @@ def test_answers_are_those_of_each_prompt_alone(name: str, build: Any, rows: Any
         wanted = made[0, prompt.shape[1] :].tolist()
         assert answer == (wanted[: wanted.index(1)] if 1 in wanted else wanted)
     with pytest.raises(ValueError, match="classification"):
-        trainer.generate(FedIT(), work, rows(3, "classification"))
+        trainer.generate(work, rows(3, "classification"))

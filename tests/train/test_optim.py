@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 from torch import Tensor
 
-from fedloom.train.optim import SGD, AdamW, clip_, schedule_factor
+from fedloom.train.optim import SGD, AdamW, Settings, clip_, schedule_factor
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "sgd-momentum"])
@@ -68,3 +70,12 @@ def test_schedule_covers_a_clients_own_steps() -> None:
     assert factors("linear", 5).tolist() == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
     assert factors("cosine", 2).tolist() == pytest.approx([1, 0.5])
     assert factors("linear", 1, 1.0).tolist() == pytest.approx([1.0])
+
+
+def test_defaults_are_those_of_the_run_file() -> None:
+    from fedloom.runs import config
+
+    section, settings = config.TrainSection(), Settings()
+    common = {field.name for field in fields(Settings)} & set(config.TrainSection.model_fields)
+    assert {"batch_size", "local_steps", "local_epochs", "lr", "clip", "base_dropout"} <= common
+    assert {name: getattr(section, name) for name in common} == {name: getattr(settings, name) for name in common}

@@ -4,9 +4,10 @@ from typing import Literal
 
 import numpy as np
 
-from fedloom.wireless.bound import Empirical, Gap
-from fedloom.wireless.fleet import random_fleet
-from fedloom.wireless.problem import Problem
+from fedloom.wireless.system.empirical_error import Empirical
+from fedloom.wireless.system.fleet import random_fleet
+from fedloom.wireless.system.generalisation_bound import Gap
+from fedloom.wireless.system.problem import Problem
 
 FORMS: tuple[Empirical, ...] = ("linear", "sparsity", "rescaled")
 GAPS: tuple[Gap, ...] = ("pooled", "per_device")

@@ -65,7 +65,17 @@ def run(
 
 
 @app.command()
-def resume(path: RunPath) -> None:
+def resume(
+    path: RunPath,
+    round_: Annotated[
+        int | None,
+        typer.Option("--round", metavar="N", help="Go back to an earlier round that is kept (run.keep_checkpoints)."),
+    ] = None,
+    accept_changes: Annotated[
+        bool,
+        typer.Option("--accept-changes", help="Go on though data, model or run file changed; the manifest says so."),
+    ] = False,
+) -> None:
     """Go on with a run after a crash or Ctrl-C. It ends with the same bytes as if it had never stopped.
 
     Example: fedloom resume runs/fslora-trec
@@ -75,7 +85,7 @@ def resume(path: RunPath) -> None:
     from fedloom.runs import run as runs
 
     with resumable(path), Terminal(out) as terminal:
-        result = runs.resume(path, terminal)
+        result = runs.resume(path, terminal, accept_changes=accept_changes, back_to=round_)
     finished(result, path / "run.toml")
 
 
@@ -144,22 +154,22 @@ def allocate(
     json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     out_: Annotated[Path | None, typer.Option("--out", metavar="FILE.json", help="For clients.keep of a run.")] = None,
     time_limit_s: Annotated[
-        float, typer.Option(metavar="S", help="Return the best found by then, with its gap.")
+        float, typer.Option(metavar="S", help="Return the best found by then, with its optimality gap.")
     ] = 60.0,
     sweep: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Draw the curves of the planner, PNG and CSV.")
+        Path | None, typer.Option(metavar="DIR", help="Draw what tighter limits cost this fleet, PNG and CSV.")
     ] = None,
     constants_from: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Take the bound's constants from a finished run.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of random devices and fading (default: the file's).")] = None,
 ) -> None:
-    """Choose dropout rates and radio resources under latency and energy limits.
+    """Choose per-device dropout rates and bandwidth allocation under latency and energy limits.
 
     Example: fedloom allocate fleet.toml --solver psca --out allocation.json
     """
     try:
-        from fedloom.wireless.command import allocate_command
+        from fedloom.wireless.show.command import allocate_command
     except ImportError as error:
         raise ConfigError(f"the planner is not installed ({error}): pip install 'fedloom[wireless]'") from None
     allocate_command(file, solver, json, out_, time_limit_s, sweep, constants_from, seed)

@@ -1,13 +1,14 @@
 """States on the wire: safetensors, where float32 tensors may be rounded to bfloat16, or to int8 with error feedback.
 
-A tensor's name is `role/site`, and its form, if it has one, is in the metadata under that name:
+A tensor's name is `role/site`; how its numbers cross is the `form` in the metadata:
 
-    (none)     the tensor as it is, any dtype that safetensors writes   exact
-    bfloat16   float32 rounded to nearest even                          widening back to float32 is exact, rounding was not
-    int8       float32 as round(x / s), s = max|row| / 127; the float32 s of the rows of the first axis is `/role/site`
+    raw        as they are, any dtype that safetensors writes   exact
+    bfloat16   float32 rounded to nearest even                  widening back to float32 is exact, rounding was not
+    int8       float32 as round(x / s), s = max|row| / 127; the float32 s of all rows of the first axes are the tensor `/`
 
-A role without tensors is the metadata's `role/`. Numbers that are not float32 (seeds, indices, float64, native bfloat16) always
-cross as they are. There is no digest here: a message has one for all of its parts.
+Numbers that are not float32 (seeds, indices, float64) always cross as they are; a tensor that was bfloat16 or int8 before is
+named in the metadata as `raw`, and a role without tensors, `role/`, as `empty`. There is no digest here: a message has one for
+all of its parts.
 
 int8 is meant for differences: see `difference` and `Feedback`, after Seide et al., 1-Bit Stochastic Gradient Descent,
 Interspeech 2014, and Karimireddy et al., Error Feedback Fixes SignSGD, arXiv 1901.09847: what rounding loses in one round is
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from typing import Literal, get_args
 
 import torch
@@ -31,29 +33,36 @@ from fedloom.state import State
 Form = Literal["raw", "bfloat16", "int8"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
-_EMPTY = "empty"
+_ROUNDED = {"raw": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
+_STEPS = "/"
+_ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,63}")
+_LONGEST_SITE = 256
 
 
 def encode(state: State, form: Form = "raw") -> bytes:
-    """A state as bytes. Raises WireError for a dtype that safetensors does not write, or a role with a slash."""
+    """A state as bytes. Raises WireError for a dtype that safetensors does not write, or a role that is no name."""
     tensors: dict[str, Tensor] = {}
-    metadata: dict[str, str] = {}
-    for role in sorted(state):
-        if not role or "/" in role:
-            raise WireError(f"role {role!r} does not cross, expected a name without '/'")
-        if not state[role]:
-            metadata[f"{role}/"] = _EMPTY
-        for site in sorted(state[role]):
-            x, name = state[role][site].detach().cpu(), f"{role}/{site}"
+    metadata: dict[str, str] = {} if form == "raw" else {"form": form}
+    steps: list[Tensor] = []
+    for role, group in sorted(state.items()):
+        if not _ROLE.fullmatch(role):
+            raise WireError(f"role {role!r} does not cross, expected letters, digits, dots and underscores")
+        if not group:
+            metadata[f"{role}/"] = "empty"
+        for site, x in sorted(group.items()):
+            x, name = x.detach().cpu(), f"{role}/{site}"
             if form == "raw" or x.dtype != torch.float32 or not x.numel():
                 # A copy: safetensors refuses tensors that share memory, and states share what was not trained.
                 tensors[name] = x.clone(memory_format=torch.contiguous_format)
-                continue
-            metadata[name] = form
-            if form == "bfloat16":
+                if x.dtype == _ROUNDED[form]:
+                    metadata[name] = "raw"
+            elif form == "bfloat16":
                 tensors[name] = x.to(torch.bfloat16).contiguous()
             else:
-                tensors[name], tensors["/" + name] = _quantised(x)
+                tensors[name], step = _quantised(x)
+                steps.append(step)
+    if steps:
+        tensors[_STEPS] = torch.cat(steps)
     try:
         return save(tensors, metadata or None)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -67,44 +76,44 @@ def decode(data: bytes | memoryview) -> State:
         tensors = load(data)
     except Exception as error:  # safetensors has an error class of its own, and torch raises many for odd shapes
         raise WireError(f"holds no safetensors ({type(error).__name__}: {printable(error, 120)})") from None
-    forms = _metadata(data)
-    steps = {name[1:]: tensors.pop(name) for name in sorted(tensors) if name.startswith("/")}
+    metadata = _metadata(data)
+    form = metadata.pop("form", "raw")
+    if form not in FORMS:
+        raise WireError(f"has form {printable(repr(form), 20)}, expected one of {', '.join(FORMS)}")
+    steps = tensors.pop(_STEPS, torch.zeros(0))
     state: State = {}
-    for name in sorted(tensors):
-        role, slash, site = name.partition("/")
-        if not (role and slash and site):
-            raise WireError(f"has a tensor named {printable(name, 40)!r}, expected role/site")
-        state.setdefault(role, {})[site] = _restored(name, tensors[name], forms.pop(name, "raw"), steps.pop(name, None))
-    for name, form in forms.items():
-        if form != _EMPTY or not name.endswith("/") or name[:-1] in state or "/" in name[:-1]:
-            raise WireError(f"has metadata {printable(name, 40)!r} of no tensor")
-        state[name[:-1]] = {}
-    if steps:
-        raise WireError(f"has steps of no tensor: {printable(min(steps), 40)!r}")
+    # In the order of `encode`, which is that of roles and then of sites.
+    for role, site, name in sorted((*_parted(name), name) for name in tensors):
+        x = tensors.pop(name)
+        rounded = x.dtype == _ROUNDED[form] and metadata.pop(name, None) != "raw"
+        if rounded and form == "int8":
+            x, steps = _multiplied(name, x, steps)
+        elif rounded:
+            x = x.float()
+        elif x.dtype == torch.bool and bool((x.view(torch.uint8) > 1).any()):
+            raise WireError(f"{printable(name, 60)} has a bool that is neither 0 nor 1")
+        state.setdefault(role, {})[site] = x
+    for name, what in metadata.items():
+        role = name[:-1]
+        if what != "empty" or not name.endswith("/") or not _ROLE.fullmatch(role) or role in state:
+            raise WireError(f"has metadata {printable(repr(name), 40)} of no tensor")
+        state[role] = {}
+    if steps.numel():
+        raise WireError(f"has {steps.numel()} steps of no row")
     return state
 
 
 def _metadata(data: bytes) -> dict[str, str]:
     """Of bytes that safetensors has read."""
     header = loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return dict(header.get("__metadata__", {}))
+    return dict(header.get("__metadata__") or {})
 
 
-def _restored(name: str, x: Tensor, form: str, step: Tensor | None) -> Tensor:
-    if form == "raw" and step is None:
-        if x.dtype == torch.bool and bool((x.view(torch.uint8) > 1).any()):
-            raise WireError(f"{name} has a bool that is neither 0 nor 1")
-        return x
-    if form == "bfloat16" and step is None and x.dtype == torch.bfloat16:
-        return x.float()
-    if form == "int8" and x.dtype == torch.int8 and x.numel() and step is not None and _fits(x, step):
-        by_row = step[:, None]
-        return torch.where(by_row.isfinite(), x.reshape(len(step), -1).float() * by_row, math.nan).reshape(x.shape)
-    raise WireError(f"{printable(name, 60)} has form {printable(form, 20)!r} with {x.dtype} of shape {tuple(x.shape)}")
-
-
-def _fits(x: Tensor, step: Tensor) -> bool:
-    return step.dtype == torch.float32 and step.shape == (_rows(x),)
+def _parted(name: str) -> tuple[str, str]:
+    role, _, site = name.partition("/")
+    if not (_ROLE.fullmatch(role) and site and site.isprintable() and len(site) <= _LONGEST_SITE):
+        raise WireError(f"has a tensor named {printable(repr(name), 40)}, expected role/site")
+    return role, site
 
 
 def _rows(x: Tensor) -> int:
@@ -115,8 +124,18 @@ def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
     rows = x.reshape(_rows(x), -1)
     # A NaN or an infinite number must stay one, so that the server sees it: its row's step is not finite.
     step = rows.abs().amax(1, keepdim=True) / 127
-    steps = torch.where((step > 0) & step.isfinite(), rows / step, 0).round().to(torch.int8)
-    return steps.reshape(x.shape).contiguous(), step.reshape(-1).contiguous()
+    whole = torch.where((step > 0) & step.isfinite(), rows / step, 0).round().to(torch.int8)
+    return whole.reshape(x.shape).contiguous(), step.reshape(-1)
+
+
+def _multiplied(name: str, x: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """A tensor of int8 times the first of the steps, and the steps left."""
+    count = _rows(x)
+    if not x.numel() or steps.dtype != torch.float32 or steps.dim() != 1 or len(steps) < count:
+        raise WireError(f"{printable(name, 60)} of shape {tuple(x.shape)} has no float32 step for each row")
+    step = steps[:count, None]
+    restored = torch.where(step.isfinite(), x.reshape(count, -1).float() * step, math.nan).reshape(x.shape)
+    return restored, steps[count:]
 
 
 def difference(state: State, reference: State, sign: float = -1.0) -> State:

@@ -3,7 +3,7 @@
     "FLM2" | sha256 of the rest (32) | header length (4) | number of parts (4) | length of each part (8) | header | parts
 
 Every number is little-endian. Nothing may follow the last part. What a peer wrote is never trusted: JSON is bounded in size
-and depth and holds no number that a float64 or an int64 does not, and text is made printable before anybody shows it.
+and depth and holds no number that a float64 or a 64-bit integer does not, and text is made printable before anybody shows it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from fedloom.errors import FedloomError
 MAGIC = b"FLM2"
 _FIXED = struct.Struct("<II")
 _MOST_PARTS = 1 << 16
-_LONGEST_JSON = 1 << 24
+_LONGEST_JSON = 1 << 23
 _DEEPEST_JSON = 16
-_LONGEST_INTEGER = 19
+_LONGEST_INTEGER = 20
 _LONGEST_REASON = 200
 
 

@@ -137,7 +137,8 @@ class _Watched:
     def __init__(self, program: dict[str, Any], mark: str) -> None:
         self._program, self._mark = program, mark
         self._pause_s, self._again = 1.0, float("inf")
-        self._start()
+        self._started = time.monotonic()
+        self._process: subprocess.Popen[bytes] | None = self._start()
 
     def look(self) -> None:
         """Say if it ended; start it again if it is time to."""
@@ -150,12 +151,12 @@ class _Watched:
                 self._pause_s = 1.0 if lived else min(2 * self._pause_s, _LONGEST_PAUSE_S)
                 self._again = now + self._pause_s / 2
         if now >= self._again:
-            self._again = float("inf")
-            self._start()
+            self._again, self._started = float("inf"), now
+            self._process = self._start()
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen[bytes]:
         with open(self._program["log"], "ab") as log:
-            self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
+            process = subprocess.Popen(
                 self._program["command"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -164,8 +165,8 @@ class _Watched:
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
-        self._started = time.monotonic()
-        _say(self._program["name"], self._process.pid)
+        _say(self._program["name"], process.pid)
+        return process
 
 
 _libc = ctypes.CDLL(None)

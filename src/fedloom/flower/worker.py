@@ -165,10 +165,12 @@ class Worker:
 
     def _jobs(self, header: dict[str, Any], parts: list[memoryview]) -> list[Job]:
         asked = header.get("clients")
-        if not isinstance(asked, list) or len(asked) != len(parts):
-            raise WireError("has no tensors for each of its clients")
+        if not isinstance(asked, list):
+            raise WireError("names no clients")
         if strange := [str(id) for id in asked if not isinstance(id, str) or id not in self._clients]:
             raise Refused(f"clients {', '.join(strange)} do not live here")
+        if len(asked) != len(parts):
+            raise WireError(f"has tensors for {len(parts)} of {len(asked)} clients")
         # Identity and budget are the node's own, whatever the server says.
         return [(self._clients[id], codec.decode(part)) for id, part in zip(asked, parts, strict=True)]
 

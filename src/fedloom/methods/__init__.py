@@ -35,6 +35,13 @@ _KNOWN = {
     "fedadagrad": "fedopt:FedAdagrad",
     "fedadam": "fedopt:FedAdam",
     "fedyogi": "fedopt:FedYogi",
+    "rolora": "rolora:RoLoRA",
+    "fedrot_lora": "fedrot_lora:FedRotLoRA",
+    "lora_fair": "lora_fair:LoRAFAIR",
+    "fedsvd": "fedsvd:FedSVD",
+    "fed_sb": "fed_sb:FedSB",
+    "ravan": "ravan:Ravan",
+    "fedask": "fedask:FedASK",
 }
 
 

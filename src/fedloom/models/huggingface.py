@@ -7,28 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from fedloom.data import hub, packaged
+from fedloom.data.batches import Kind as Kind
 from fedloom.errors import ConfigError, ModelError, nearest
+from fedloom.models.families import family_of, model_type
 from fedloom.rng import generator, seed_of
 from fedloom.state import Sites
-
-Kind = Literal["classification", "regression", "causal-lm"]
-
-_TARGETS = {
-    "bert": ("query", "value"),
-    "roberta": ("query", "value"),
-    "xlm-roberta": ("query", "value"),
-    "electra": ("query", "value"),
-    "distilbert": ("q_lin", "v_lin"),
-    "gpt2": ("c_attn",),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "phi"), ("q_proj", "v_proj")),
-}
-"""Architecture (`config.model_type`) -> the layers that the LoRA papers adapt there. DeepSeek-LLM and SmolLM2 are `llama`."""
 
 
 @dataclass(frozen=True)
@@ -150,13 +139,13 @@ def default_targets(model: nn.Module) -> list[str]:
 
     Raises ModelError for an architecture that fedloom has no default for.
     """
-    family = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
-    if family not in _TARGETS:
+    family = family_of(model)
+    if family is None:
         raise ModelError(
-            f"fedloom has no default layers to adapt in a {family!r} model; set targets in [lora] to some of: "
+            f"fedloom has no default layers to adapt in a {model_type(model)!r} model; set targets in [lora] to some of: "
             f"{', '.join(_endings(model))}"
         )
-    return list(_TARGETS[family])
+    return list(family.targets)
 
 
 def find_sites(model: nn.Module, targets: Iterable[str]) -> Sites:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from fedloom.errors import ConfigError, nearest
+from fedloom import toml
+from fedloom.errors import ConfigError
 
 
 class _Section(BaseModel):
@@ -94,10 +94,15 @@ class ClientsSection(_Section):
     """Cycled over the clients, or the file of an allocation."""
     max_norm: float | None = Field(None, gt=0)
     """Drop an upload whose norm is larger."""
+    max_ratio: float | None = Field(10.0, gt=1)
+    """Drop an upload that moves the model so many times as far as the median client's; 0 in the file stands for no bound."""
 
     @model_validator(mode="before")
     @classmethod
-    def _default_count(cls, values: Any) -> Any:
+    def _defaults(cls, values: Any) -> Any:
+        # TOML has no null: 0 says that there is no bound.
+        if isinstance(values, dict) and values.get("max_ratio") == 0:
+            values = {**values, "max_ratio": None}
         # by-field alone takes the number of clients from the data.
         if isinstance(values, dict) and values.get("partition") != "by-field":
             return {"count": 4} | values
@@ -187,6 +192,13 @@ class NetworkSection(_Section):
     """Who sends on which part of the band; by default clients.keep if that names a file, else it is planned anew."""
 
 
+class RunSection(_Section):
+    """[run]"""
+
+    keep_checkpoints: int = Field(2, ge=1)
+    """So many of the last rounds can be gone back to: `fedloom resume RUN --round N`."""
+
+
 class RunConfig(_Section):
     """A whole run: the keys of a run file, with their defaults."""
 
@@ -198,6 +210,7 @@ class RunConfig(_Section):
     method: MethodSection
     train: TrainSection = TrainSection()
     engine: EngineSection = EngineSection()
+    run: RunSection = RunSection()
     network: NetworkSection | None = None
 
     def to_toml(self) -> str:
@@ -205,23 +218,14 @@ class RunConfig(_Section):
         values = self.model_dump(exclude_none=True)
         if self.train.clip is None:
             values["train"]["clip"] = 0.0
+        if self.clients.max_ratio is None:
+            values["clients"]["max_ratio"] = 0.0
         return tomli_w.dumps(values)
 
 
 def parse(values: Mapping[str, Any], source: str) -> RunConfig:
     """A RunConfig from nested values. Raises one ConfigError that names every wrong key of `source`."""
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        # A union reports one error for each of its members: the first of those that got furthest says enough.
-        told: dict[tuple[int | str, ...], ErrorDetails] = {}
-        for detail in error.errors():
-            key = detail["loc"][:2]
-            if key not in told or len(detail["loc"]) > len(told[key]["loc"]):
-                told[key] = detail
-        lines = [_explain(detail) for detail in told.values()]
-        joined = lines[0] if len(lines) == 1 else "".join(f"\n  - {line}" for line in lines)
-        raise ConfigError(f"{source}: {joined}") from None
+    return toml.validate(RunConfig, values, source)
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -230,17 +234,10 @@ def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The values of a TOML file. Raises ConfigError if it cannot be read."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"there is no run file {path}; without one, `fedloom run` runs the packaged quickstart"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    """The values of a run file. Raises ConfigError if it cannot be read."""
+    return toml.read_toml(
+        path, missing=f"there is no run file {path}; without one, `fedloom run` runs the packaged quickstart"
+    )
 
 
 def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -267,26 +264,3 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
             into.clear()  # another method's fields do not carry over, nor the method under it
         into[parts[-1]] = parsed
     return values
-
-
-def _explain(detail: ErrorDetails) -> str:
-    where = [str(part) for part in detail["loc"][:2]]
-    key = ".".join(where)
-    if detail["type"] == "extra_forbidden":
-        known = _known(where[:-1])
-        return f"unknown key {key!r}{nearest(where[-1], known)}; known here: {', '.join(known)}"
-    if detail["type"] == "missing":
-        return f"{key} is missing, and has no default"
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}: got {detail['input']!r}, {message.replace('Input should be', 'expected')}"
-
-
-def _known(section: list[str]) -> list[str]:
-    model: type[BaseModel] = RunConfig
-    for part in section:
-        annotation = model.model_fields[part].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
-    return list(model.model_fields)

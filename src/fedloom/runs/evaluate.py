@@ -9,7 +9,7 @@ import numpy as np
 
 from fedloom.core import Work
 from fedloom.data import metrics
-from fedloom.data.text import Encoded
+from fedloom.data.tokenize import Encoded
 from fedloom.runs.experiment import Experiment
 
 NEEDS_TEXT = frozenset({"exact_match", "rouge_l"})

@@ -15,8 +15,9 @@ import torch
 from fedloom.client import Client
 from fedloom.core import Method, Visit, Work
 from fedloom.data import load, partition
-from fedloom.data.text import Encoded, encode_causal, encode_labelled
+from fedloom.data.tokenize import Encoded, encode_causal, encode_labelled
 from fedloom.errors import ConfigError
+from fedloom.flows import rehearse
 from fedloom.models import huggingface, peft
 from fedloom.rng import generator
 from fedloom.runs.config import RunConfig
@@ -105,6 +106,18 @@ class Experiment:
         """The server's model, as work that trains nothing: what a client that keeps nothing uses."""
         asking = Client("server", 0, self.method.rank)
         return self.method.model(self.method.serve(state, asking), self.head, Visit(0, asking, self.sites))
+
+    @cached_property
+    def parameters(self) -> tuple[int, int]:
+        """Of the adapter, without a head: (trained, sent) by a client with whole budgets in the first round."""
+        seen = rehearse(self.method, Client("any", 1, self.method.rank), 1, self.sites)
+        if seen is None:
+            return 0, 0
+
+        def count(state: State) -> int:
+            return sum(x.numel() for role, group in state.items() if role != "head" for x in group.values())
+
+        return count({} if seen.work is None else seen.work.train), count(seen.sent)
 
     def rows_of(self, client: str) -> Encoded:
         """The training rows of one client; the proxy rows of the server."""
@@ -217,28 +230,19 @@ def _trainer(
     config: RunConfig, base: huggingface.Base, sites: Sites, device: torch.device, dtype: torch.dtype
 ) -> Trainer:
     """The trainer, which adapts the base in place."""
-    train = config.train
+    # Settings are named as the keys of [train]; the rest of its keys are the run's.
+    settings = {
+        name: value for name, value in config.train.model_dump().items() if name in Settings.__dataclass_fields__
+    }
     return Trainer(
         base.model,
         list(sites),
         list(base.head),
         settings=Settings(
-            optimizer=train.optimizer,
-            lr=train.lr,
-            weight_decay=train.weight_decay,
-            clip=train.clip,
-            momentum=train.momentum,
-            schedule=train.schedule,
-            warmup=train.warmup,
-            batch_size=train.batch_size,
-            steps=train.local_steps,
-            epochs=train.local_epochs,
-            seed=config.seed,
-            dropout=config.lora.dropout,
-            base_dropout=train.base_dropout,
-            checkpointing=config.model.checkpointing,
+            **settings, seed=config.seed, dropout=config.lora.dropout, checkpointing=config.model.checkpointing
         ),
         device=device,
         dtype=dtype,
         attention=config.model.attention,
+        kernels=config.engine.kernels,
     )

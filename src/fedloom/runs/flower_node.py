@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,20 @@ def differences(ours: dict[str, Any], theirs: Any) -> list[str]:
     return found
 
 
+@dataclass(frozen=True)
+class Agreed:
+    """What a node and the server agreed upon."""
+
+    plan: Plan
+    folder: Path
+    """For what clients keep, and their own models."""
+    labels: list[str] | None = None
+    """The run's, where the rows here are not the server's."""
+    metrics: list[str] | None = None
+    client: str | None = None
+    """The only client, who has all rows; None for those of the partition."""
+
+
 class _Loaded:
     """The base model of this process: loaded once, and handed from run to run while they ask for the same one."""
 
@@ -66,23 +81,26 @@ class _Loaded:
         self.loads = 0
         self._last: Experiment | None = None
 
-    def experiment(self, planned: Plan, labels: list[str] | None, only_client: str | None) -> Experiment:
-        """The experiment of a plan, on the model that is loaded if that is the one it asks for."""
+    def experiment(self, agreed: Agreed) -> Experiment:
+        """The experiment agreed upon, on the model that is loaded if that is the one it asks for."""
+        planned = agreed.plan
         old, self._last = self._last, None
         table: Tables | None = None
         if old is not None:
             old.trainer.close()
             table = old.tables if old.config.task == planned.config.task else None
         table = table or tables(planned.config)
-        if labels is not None:
-            table = replace(table, labels=labels)
+        if agreed.labels is not None:
+            table = replace(table, labels=agreed.labels)
+        if agreed.metrics is not None:
+            table = replace(table, metrics=agreed.metrics)
         base: Base | None = None
         if old is not None and _model_of(old.config, old.tables) == _model_of(planned.config, table):
             base = old.base
         else:
             self.loads += 1
         del old  # two models are not held at once
-        self._last = experiment(planned, table=table, base=base, only_client=only_client)
+        self._last = experiment(planned, table=table, base=base, only_client=agreed.client)
         return self._last
 
 
@@ -90,11 +108,11 @@ def _model_of(c: RunConfig, table: Tables) -> object:
     return c.model, c.task.kind, c.seed, table.labels
 
 
-class RunNode:
-    """What a worker works with. `agreed` gives a run's plan, labels, only client and folder from the server's words."""
+class FlowerNode:
+    """What a worker works with. `agree` reads the server's words: it raises ConfigError for a run that is none of ours."""
 
-    def __init__(self, agreed: Callable[[dict[str, Any]], tuple[Plan, list[str] | None, str | None, Path]]) -> None:
-        self._agreed = agreed
+    def __init__(self, agree: Callable[[dict[str, Any]], Agreed]) -> None:
+        self._agree = agree
         self._loaded = _Loaded()
 
     @property
@@ -102,50 +120,55 @@ class RunNode:
         return self._loaded.loads
 
     def setup(self, setup: dict[str, Any]) -> NodeRun:
-        planned, labels, only_client, folder = self._agreed(setup)
-        e = self._loaded.experiment(planned, labels, only_client)
+        agreed = self._agree(setup)
+        e = self._loaded.experiment(agreed)
         if setup.get("model") != e.base.sha256:
             raise ConfigError("the base model here is not the server's: its sha256 differs")
-        engine: Simulation[Any] = Simulation(
+        simulation = Simulation(
             e.trainer,
             e.sites,
             e.rows_of,
             fresh=e.head,
             cohort=1,
             score=lambda work: evaluate.score(e, work),
-            write=lambda client, work: export.write(e, work, folder / "clients" / client / "adapter"),
+            write=lambda client, work: export.write(e, work, agreed.folder / "clients" / client / "adapter"),
         )
-        return NodeRun(e.clients, e.method, engine, folder)
+        return NodeRun(e.clients, e.method, simulation, agreed.folder)
 
 
-def local_node() -> RunNode:
+def local_node() -> FlowerNode:
     """A node of the server's own machine, for any client of any run that the server names."""
 
-    def agreed(setup: dict[str, Any]) -> tuple[Plan, list[str] | None, str | None, Path]:
+    def agree(setup: dict[str, Any]) -> Agreed:
         config = parse(tomllib.loads(setup["config"]), "the server's configuration")
-        return plan(config), None, None, Path(setup["folder"])
+        return Agreed(plan(config), Path(setup["folder"]))
 
-    return RunNode(agreed)
+    return FlowerNode(agree)
 
 
-def remote_node(config: RunConfig, client: str, folder: Path) -> RunNode:
+def remote_node(config: RunConfig, client: str, folder: Path) -> FlowerNode:
     """A node with its own rows, those of `config.task.data`, and its one client's budget in `config.clients`."""
 
-    def agreed(setup: dict[str, Any]) -> tuple[Plan, list[str] | None, str | None, Path]:
+    def agree(setup: dict[str, Any]) -> Agreed:
         if wrong := differences(agreement(config), setup.get("agreement")):
             raise ConfigError(f"the server's run is not the one of this node's run file: {', '.join(wrong)} differ")
-        labels = setup.get("labels")
-        if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels):
-            raise ConfigError("the server named no labels")
+        labels, metrics = _names(setup, "labels"), _names(setup, "metrics")
         run = str(setup.get("run"))
-        if not run.isalnum():
+        if not (run.isascii() and run.isalnum()):
             raise ConfigError("the server's run has no name")
-        return plan(config), labels, client, folder / run
+        return Agreed(plan(config), folder / run, labels, metrics, client)
 
-    return RunNode(agreed)
+    return FlowerNode(agree)
 
 
-def serve(node: RunNode, path: Path, threads: int | None) -> None:
+def _names(setup: dict[str, Any], key: str) -> list[str]:
+    names = setup.get(key)
+    if not isinstance(names, list) or not all(isinstance(x, str) for x in names):
+        raise ConfigError(f"the server named no {key}")
+    return names
+
+
+def serve(node: FlowerNode, path: Path, threads: int | None) -> None:
     """Be a worker until the process is ended."""
     hub.quiet()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -154,6 +177,12 @@ def serve(node: RunNode, path: Path, threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     Worker(node).serve(path)
+
+
+def local_worker(path: Path, threads: int | None) -> list[str]:
+    """The command of a worker that serves whatever client of whatever run the server names."""
+    more = [] if threads is None else ["--threads", str(threads)]
+    return [sys.executable, "-m", "fedloom.runs.flower_node", "--socket", str(path), *more]
 
 
 def main() -> None:

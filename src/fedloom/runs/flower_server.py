@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from fedloom.flower.coordinator import Coordinator, RoundPolicy
 from fedloom.flower.transport import Transport
 from fedloom.runs.config import RunConfig
 from fedloom.runs.experiment import Experiment, with_clients
-from fedloom.runs.flower_node import agreement
+from fedloom.runs.flower_node import agreement, local_worker
 from fedloom.runs.run_directory import RunDirectory, digest_file
 from fedloom.sampling import Sampler, fraction
 
@@ -44,7 +43,7 @@ def connected(run: RunDirectory, e: Experiment, on_status: Callable[[str], None]
                 transport.close()
         return
     on_status("starting a SuperLink and its nodes")
-    with sandbox.Deployment(node_count(e), run.path / "logs", local_worker(c.threads)) as deployment:
+    with sandbox.Deployment(node_count(e), run.path / "logs", lambda path: local_worker(path, c.threads)) as deployment:
         transport = deployment.connect()
         try:
             yield transport
@@ -52,21 +51,16 @@ def connected(run: RunDirectory, e: Experiment, on_status: Callable[[str], None]
             transport.close()
 
 
-def local_worker(threads: int | None) -> Callable[[Path], list[str]]:
-    """Socket -> the command of a worker that serves whatever client of whatever run the server names."""
-    more = [] if threads is None else ["--threads", str(threads)]
-    return lambda path: [sys.executable, "-m", "fedloom.runs.flower_node", "--socket", str(path), *more]
-
-
 def coordinator(
     transport: Transport, run: RunDirectory, e: Experiment, local: Engine, on_status: Callable[[str], None]
-) -> tuple[Engine, Experiment]:
+) -> tuple[Coordinator, Experiment]:
     """The engine over a transport once the run's clients have announced themselves, and the experiment with those."""
     c = e.config
     setup = {
         "run": hashlib.sha256(f"{run.path.resolve()} {digest_file(run.config_file)}".encode()).hexdigest()[:16],
         "agreement": agreement(c),
         "labels": e.tables.labels,
+        "metrics": e.tables.metrics,
         "model": e.base.sha256,
     }
     here = c.engine.superlink is None

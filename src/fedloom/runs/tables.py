@@ -10,7 +10,7 @@ import torch
 
 from fedloom.data import load, metrics
 from fedloom.data.glue import glue_fields, is_glue
-from fedloom.data.text import labels_of
+from fedloom.data.tokenize import labels_of
 from fedloom.errors import DataError
 from fedloom.rng import generator
 from fedloom.runs.config import RunConfig

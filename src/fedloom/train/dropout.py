@@ -1,5 +1,5 @@
-"""Dropout on the adapters' inputs, drawn per (seed, t, client, step, site): what a client drops does not depend on who trains
-beside it, nor on how far its batch was padded. Hu et al., "LoRA", arXiv 2106.09685, as PEFT's `lora_dropout`."""
+"""Dropout on the adapters' inputs, drawn per (seed, t, client, work, step, site): what a client drops does not depend on who
+trains beside it, nor on how far its batch was padded. Hu et al., "LoRA", arXiv 2106.09685, as PEFT's `lora_dropout`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,8 @@ class InputDropout:
     """The masks of one step of K clients."""
 
     p: float
-    seed: int
-    t: int
-    step: int
-    clients: Sequence[str]
-    """(K,) ids."""
+    keys: Sequence[tuple[int | str, ...]]
+    """(K,) what each client's masks are drawn from."""
     rows: Sequence[int]
     """(K,) rows of data in each client's batch; those after them are fillers."""
     lengths: Sequence[int]
@@ -29,10 +26,10 @@ class InputDropout:
 
     def __call__(self, site: str, x: Tensor) -> Tensor:
         """What multiplies x (K * b, L, in) or (K * b, in): 0 for a share p of its real inputs, 1 / (1 - p) for the others."""
-        K, b = len(self.clients), x.shape[0] // len(self.clients)
+        K, b = len(self.keys), x.shape[0] // len(self.keys)
         mask = torch.ones(K, b, *x.shape[1:], dtype=x.dtype)
-        for k, client in enumerate(self.clients):
+        for k, key in enumerate(self.keys):
             shape = (self.rows[k], *((self.lengths[k],) if x.ndim == 3 else ()), x.shape[-1])
-            draw = torch.rand(shape, generator=generator(self.seed, self.t, client, self.step, site, "dropout"))
+            draw = torch.rand(shape, generator=generator(*key, site, "dropout"))
             mask[k][tuple(slice(0, n) for n in shape)] = (draw >= self.p).to(x.dtype) / (1.0 - self.p)
         return mask.view(x.shape).to(x.device)

@@ -19,7 +19,7 @@ OptimizerName = Literal["adamw", "sgd"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How clients train."""
+    """How clients train. Fields are named as the keys of a run file."""
 
     optimizer: OptimizerName = "adamw"
     lr: float = 1e-3
@@ -31,10 +31,10 @@ class Settings:
     schedule: ScheduleName = "constant"
     warmup: float = 0.0
     """Share of a client's steps over which the learning rate rises."""
-    batch_size: int = 8
-    steps: int | None = None
-    epochs: int | None = None
-    """Either `steps` or `epochs`; one epoch if neither is given."""
+    batch_size: int = 16
+    local_steps: int | None = None
+    local_epochs: int | None = None
+    """Either of the two; one epoch if neither is given."""
     seed: int = 0
     dropout: float = 0.0
     """On the adapters' inputs."""

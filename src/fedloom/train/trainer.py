@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedloom.core import Client, Trained, Work
-from fedloom.data.text import Encoded, collate, schedule
+from fedloom.data.batches import Encoded, schedule, targets
 from fedloom.rng import seed_of
-from fedloom.train import cohort
+from fedloom.train import local_steps
+from fedloom.train.adapted_model import AdaptedModel, KernelChoice
 from fedloom.train.attention import AttentionName
-from fedloom.train.host import Host
+from fedloom.train.flat_parameters import AdapterStack, flatten
 from fedloom.train.loss import summed_losses
 from fedloom.train.optim import Settings
-from fedloom.train.stack import AdapterStack, pack
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,20 @@ class Trainer:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         attention: AttentionName | Literal["auto"] = "auto",
+        kernels: KernelChoice = "auto",
     ) -> None:
         """`sites` are the layers that get an adapter, `heads` those trained whole, both names of modules.
 
         `dtype` is that of the frozen base. What is trained is float32 always, or float64 where a state is, and then
-        everything computes in float64. Raises ModelError for a name that is no linear layer.
+        everything computes in float64. `kernels` chooses hand-written kernels where they compute the same as the readable
+        path, or never. Raises ModelError for a name that is no linear layer.
         """
         self.settings = settings if settings is not None else Settings()
-        self._host = Host(model, sites, heads, torch.device(device), dtype, attention)
+        self._model = AdaptedModel(model, sites, heads, torch.device(device), dtype, attention, kernels)
 
     def close(self) -> None:
         """Give the model back with its own layers in place."""
-        self._host.close()
+        self._model.close()
 
     def __enter__(self) -> Trainer:
         return self
@@ -75,7 +77,7 @@ class Trainer:
     def fit(
         self, works: Sequence[tuple[Client, Work]], data: Sequence[Encoded], t: int, part: int = 0
     ) -> list[Trained]:
-        """Train each client on its data in round t, together where their works have the same roles, sites and base.
+        """Train each client on its data in round t, together where their works have the same roles, sites, base and gates.
 
         `part` counts the works of a visit: each has batches of its own.
 
@@ -83,28 +85,29 @@ class Trainer:
         handed in is changed. A client's result does not depend on the others, up to the order of floating-point sums.
         """
         s = self.settings
-        epochs = 1 if s.steps is None and s.epochs is None else s.epochs
-        passes: dict[object, list[tuple[int, cohort.Member]]] = {}
+        epochs = 1 if s.local_steps is None and s.local_epochs is None else s.local_epochs
+        passes: dict[object, list[tuple[int, local_steps.Member]]] = {}
         for i, ((client, work), encoded) in enumerate(zip(works, data, strict=True)):
             key = (s.seed, t, client.id, *((part,) if part else ()))
-            steps = s.steps if work.steps is None else work.steps
+            steps = s.local_steps if work.steps is None else work.steps
             plan = schedule(encoded.lengths, s.batch_size, key, steps=steps, epochs=epochs if steps is None else None)
-            member = cohort.Member(client, work, encoded, plan)
-            passes.setdefault(_kin(work, encoded), []).append((i, member))
+            member = local_steps.Member(client, work, encoded, plan, local_steps.gate_shape(work))
+            passes.setdefault(_batching_key(member), []).append((i, member))
         results: dict[int, Trained] = {}
         for members in passes.values():
             members.sort(key=lambda pair: -len(pair[1].plan))
-            results.update(zip([i for i, _ in members], self._together([m for _, m in members], t), strict=True))
+            results.update(zip([i for i, _ in members], self._together([m for _, m in members], t, part), strict=True))
         return [results[i] for i in range(len(results))]
 
-    def _together(self, members: Sequence[cohort.Member], t: int) -> list[Trained]:
+    def _together(self, members: Sequence[local_steps.Member], t: int, part: int) -> list[Trained]:
         with torch.random.fork_rng(enabled=self.settings.base_dropout):
             if self.settings.base_dropout:
-                torch.manual_seed(seed_of(self.settings.seed, t, *(m.client.id for m in members), "base dropout"))
+                key = (*(m.client.id for m in members), *((part,) if part else ()))
+                torch.manual_seed(seed_of(self.settings.seed, t, *key, "base dropout"))
             try:
-                return cohort.run(self._host, members, self.settings, t)
+                return local_steps.run(self._model, members, self.settings, t, part)
             finally:
-                self._host.rest()
+                self._model.rest()
 
     def evaluate(self, work: Work, data: Encoded, batch_size: int | None = None) -> Evaluation:
         """Loss and predictions, row by row, of the model that `work` describes."""
@@ -112,14 +115,13 @@ class Trainer:
         size = batch_size or 8 * self.settings.batch_size
         total, count = 0.0, 0.0
         found: list[Tensor] = []
-        with (
-            torch.no_grad(),
-            self.loaded(work, data),
-        ):  # no inference mode: a cast made in it could not be trained on
+        # No inference mode: a cast made in it could not be trained on.
+        with torch.no_grad(), self.loaded(work, data):
             for first in range(0, len(rows), size):
-                batch = collate([(data, rows[first : first + size])])
-                logits = self._host.logits(batch, data.kind)
-                sums, counts = summed_losses(data.kind, logits, batch.to(self._host.device))
+                parts = [(data, rows[first : first + size])]
+                wanted = targets(parts)
+                logits = self._model.logits(parts, wanted)
+                sums, counts = summed_losses(data.kind, logits, wanted.to(self._model.device))
                 total, count = total + float(sums), count + float(counts)
                 if data.kind != "causal-lm":
                     found.append(logits.to(torch.promote_types(logits.dtype, torch.float32)).cpu())
@@ -151,38 +153,41 @@ class Trainer:
 
         `data` is only looked at for its kind and the length of its rows.
         """
-        return Loaded(self._host, work, data, pack=False)
+        return Loaded(self._model, work, data)
 
 
 class Loaded:
     """A context that holds one client's adapter, head and offset on the model, as constants."""
 
-    def __init__(self, host: Host, work: Work, data: Encoded, pack: bool) -> None:
-        self._host, self._work, self._data, self._pack = host, work, data, pack
+    def __init__(self, model: AdaptedModel, work: Work, data: Encoded) -> None:
+        self._model, self._work, self._data = model, work, data
 
     def __enter__(self) -> nn.Module:
-        host, work = self._host, self._work
-        dtype = cohort.state_dtype([work])
-        compute = host.ready(dtype, work.base, [self._data], self._pack)
-        layout, flat = pack([work.train], dtype, host.device)
-        fixed = [cohort.moved(work.fixed, dtype, host.device)]
-        A, B, views = AdapterStack([work.adapter], layout, fixed)(flat, compute)
-        scale = torch.full((1, 1, 1), work.scale, dtype=compute, device=host.device)
-        host.put(A, B, scale, cohort.heads(views, cohort.stacked_heads(fixed, compute), 1))
-        return host.model
+        model, work = self._model, self._work
+        dtype = local_steps.state_dtype([work])
+        kernels = not local_steps.gate_shape(work)
+        # Padded, as anybody calls the model.
+        compute = model.ready(dtype, work.base, [self._data], kernels=kernels, pack=False)
+        layout, flat = flatten([work.train], dtype, model.device)
+        fixed = [local_steps.moved(work.fixed, dtype, model.device)]
+        factors, views = AdapterStack([work.adapter], layout, fixed)(flat, compute)
+        scale = torch.full((1, 1, 1), work.scale, dtype=compute, device=model.device)
+        model.put(factors, scale, local_steps.heads(views, local_steps.stacked_heads(fixed, compute), 1))
+        return model.model
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._host.rest()
+        self._model.rest()
 
 
-def _kin(work: Work, data: Encoded) -> object:
+def _batching_key(member: local_steps.Member) -> object:
     """Works that are equal here can train in one pass."""
+    work = member.work
     roles = tuple(sorted((role, site) for role, group in work.train.items() for site in group))
     fixed = tuple(sorted((role, site) for role, group in work.fixed.items() for site in group))
     base = tuple(sorted((role, site, id(x)) for role, group in work.base.items() for site, x in group.items()))
-    return roles, fixed, base, cohort.state_dtype([work]), data.kind
+    return roles, fixed, base, member.gate, work.optimizer, local_steps.state_dtype([work]), member.data.kind
 
 
 def _greedy(model: nn.Module, data: Encoded, rows: NDArray[np.int64], max_new_tokens: int) -> list[list[int]]:

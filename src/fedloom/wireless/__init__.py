@@ -1,4 +1,4 @@
-"""Wireless planning: who drops how much, on which share of the band, under latency and energy limits.
+"""Wireless planning: per-device dropout rates and bandwidth allocation under latency and energy limits.
 
 FedLoDrop's second half (Xie, Wen, You, Chen, Bennis, Huang, "FedLoDrop: Federated LoRA with Dropout for Generalized LLM
 Fine-tuning", arXiv 2510.12078). numpy, and cvxpy where a convex problem is solved; never imports torch.
@@ -9,12 +9,12 @@ Fine-tuning", arXiv 2510.12078). numpy, and cvxpy where a convex problem is solv
 """
 
 from fedloom.wireless.allocate import Allocation, allocate
-from fedloom.wireless.bound import Bound
-from fedloom.wireless.constants import Constants, from_run
-from fedloom.wireless.fleet import Fleet, random_fleet, read_fleet
-from fedloom.wireless.network import Network
-from fedloom.wireless.problem import Problem
-from fedloom.wireless.solve import Solution, Status
+from fedloom.wireless.replay import Network
+from fedloom.wireless.solvers.branch_and_bound import Solution, Status
+from fedloom.wireless.system.constants import Constants, from_run
+from fedloom.wireless.system.fleet import Fleet, random_fleet, read_fleet
+from fedloom.wireless.system.generalisation_bound import Bound
+from fedloom.wireless.system.problem import Problem
 
 __all__ = [
     "Allocation",

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
 from fedloom.errors import ConfigError, nearest
-from fedloom.wireless import bandwidth, columns, infeasible, search
-from fedloom.wireless.channel import Array, Subcarriers
-from fedloom.wireless.fleet import Fleet
-from fedloom.wireless.problem import Problem
-from fedloom.wireless.solve import Progress, Solution, Status, branch_and_bound
-
-Solver = Literal["bnb", "psca"]
+from fedloom.wireless import diagnosis
+from fedloom.wireless.solvers.branch_and_bound import Solution, Status
+from fedloom.wireless.solvers.registry import SOLVERS
+from fedloom.wireless.system.fleet import Fleet
+from fedloom.wireless.system.problem import Problem
+from fedloom.wireless.system.radio import Array, Mode
 
 VERSION = 1
 _BINDING = 1e-6  # relative slack below which a limit counts as binding
@@ -48,28 +47,29 @@ class Device:
     energy_j: float
     energy_limit_j: float
     binds: tuple[str, ...]
-    """`latency`, `energy`, `keep = 1`, `keep_min`; nothing where the rate is the best one without limits."""
+    """Binding constraints: `latency`, `energy`, `keep = 1`, `keep_min`; none where the rate is the best without limits."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Who drops how much, on what share of the band; what it costs; how good it is known to be."""
+    """Per-device dropout rates and bandwidth allocation; what they cost; how good they are known to be."""
 
     devices: tuple[Device, ...]
-    mode: Literal["subcarrier", "bandwidth"]
+    mode: Mode
     solver: str
     latency_limit_s: float
     objective: float
     """Phi = empirical + gap."""
     empirical: float
     gap: float
+    """The generalisation gap."""
     lower: float
     """No feasible point is worth less (-inf: not known)."""
     upper: float
     """The objective, again, as the other end of the bracket."""
     status: Status
     nodes: int
-    """Nodes of the search, or convex problems solved."""
+    """Of the search tree, or convex problems solved."""
     seconds: float
 
     @property
@@ -78,7 +78,7 @@ class Allocation:
         return {device.id: device.keep for device in self.devices}
 
     @property
-    def relative_gap(self) -> float:
+    def optimality_gap(self) -> float:
         """(upper - lower) / |upper|."""
         return (self.upper - self.lower) / max(abs(self.upper), 1e-300)
 
@@ -135,66 +135,32 @@ def _tuple(values: list[int] | None) -> tuple[int, ...] | None:
 
 def allocate(
     fleet: Problem | Fleet,
-    solver: Solver = "bnb",
+    solver: str = "bnb",
     time_limit_s: float = 60.0,
     seed: int | None = None,
 ) -> Allocation:
     """The best keep rates and shares of the band: `bnb` proves the optimum, `psca` is fast and proves nothing.
 
     `seed` draws fading, random devices and starts (default: the fleet's). After the time limit `bnb` returns its best point
-    and an honest gap. Raises ConfigError where no point is feasible: which device, which limit, how far it has to move.
+    and its optimality gap. Raises ConfigError where no point is feasible: which device, which limit, how far it has to move.
     """
     problem = fleet if isinstance(fleet, Problem) else fleet.problem(seed)
     solution = solve(problem, solver, time_limit_s, 0 if seed is None else seed)
     if solution.point is None:
-        raise ConfigError(infeasible.explain(problem, proven=solution.status is Status.INFEASIBLE))
+        raise ConfigError(diagnosis.explain(problem, proven=solution.status is Status.INFEASIBLE))
     return describe(problem, solution, solver)
 
 
-def solve(problem: Problem, solver: Solver = "bnb", time_limit_s: float = 60.0, seed: int = 0) -> Solution[Array]:
+def solve(problem: Problem, solver: str = "bnb", time_limit_s: float = 60.0, seed: int = 0) -> Solution[Array]:
     """The search alone: a share, its value and a lower bound. An infeasible problem is a status here, no error."""
-    if solver not in get_args(Solver):
-        raise ConfigError(f"the solver {solver!r} is unknown, expected bnb or psca{nearest(solver, get_args(Solver))}")
+    if solver not in SOLVERS:
+        known = " or ".join(SOLVERS)
+        raise ConfigError(f"the solver {solver!r} is unknown, expected {known}{nearest(solver, SOLVERS)}")
     if not (time_limit_s > 0.0):
         raise ConfigError(f"the time limit is {time_limit_s} s, expected more than 0")
-    if infeasible.alone(problem):
+    if diagnosis.infeasible_alone(problem):
         return Solution(None, np.inf, np.inf, Status.INFEASIBLE, 0, 0.0)
-    if not isinstance(problem.link, Subcarriers):
-        return _divide_band(problem, solver, time_limit_s, seed)
-    if solver == "psca":
-        from fedloom.wireless.psca import psca
-        from fedloom.wireless.relaxation import lone_caps
-        from fedloom.wireless.relaxation import root as nothing_fixed
-
-        lower = float(problem.value_of_caps(lone_caps(problem, nothing_fixed(problem))))
-        return psca(problem, seed=seed, time_limit_s=time_limit_s, lower=lower)
-    owners = search.improve(problem, search.greedy(problem))
-    value = search.value_of(problem, owners)
-    start = (value, search.share_of(owners, len(problem.ids))) if np.isfinite(value) else None
-    if columns.fits(problem):
-        tight = columns.ColumnBound(problem)
-        return branch_and_bound(columns.root(problem), tight, start=start, time_limit_s=time_limit_s)
-    from fedloom.wireless import relaxation
-
-    loose = relaxation.RelaxationBound(problem)
-    return branch_and_bound(
-        relaxation.root(problem), loose, start=start, time_limit_s=time_limit_s, tolerance=loose.tolerance
-    )
-
-
-def _divide_band(problem: Problem, solver: Solver, time_limit_s: float, seed: int) -> Solution[Array]:
-    quick = bandwidth.sca(problem, seed=seed, time_limit_s=time_limit_s)
-    if solver == "psca" or quick.point is None or quick.status is Status.OPTIMAL:
-        return quick
-    bound = bandwidth.BoxBound(problem)
-    left = max(1e-3, time_limit_s - quick.seconds)
-    found = branch_and_bound(
-        bandwidth.root(problem), bound, start=(quick.value, quick.point), tolerance=bound.tolerance, time_limit_s=left
-    )
-    trace = (*quick.trace, *(Progress(p.seconds + quick.seconds, p.nodes, p.lower, p.value) for p in found.trace))
-    return Solution(
-        found.point, found.value, found.lower, found.status, found.nodes, found.seconds + quick.seconds, trace
-    )
+    return SOLVERS[solver].by_mode[problem.link.mode](problem, time_limit_s, seed)
 
 
 def describe(problem: Problem, solution: Solution[Array], solver: str, keep: Array | None = None) -> Allocation:
@@ -204,51 +170,37 @@ def describe(problem: Problem, solution: Solution[Array], solver: str, keep: Arr
         raise ConfigError("there is no point to describe: the problem is infeasible")
     if keep is None:
         keep = problem.best(problem.caps(share))
-    link, rates = problem.link, problem.link.rates(share)
+    rates, holdings = problem.link.rates(share), problem.link.holdings(share)
     latency, energy = problem.latency(share, keep), problem.energy(share, keep)
-    late, over = problem.excess(share, keep)
+    binding = _binding(problem, share, keep)
     bits = problem.payload_bits(keep)
-    whole = isinstance(link, Subcarriers)
-    hz = share.sum(axis=1) if whole else share
-    devices = []
-    for k, name in enumerate(problem.ids):
-        held = tuple(int(m) for m in np.flatnonzero(share[k] > 0.5)) if whole else None
-        binds = [
-            limit
-            for limit, tight in (
-                ("latency", late[k] > -_BINDING),
-                ("energy", over[k] > -_BINDING),
-                ("keep = 1", keep[k] >= 1.0),
-                ("keep_min", keep[k] <= problem.keep_min * (1.0 + 1e-9)),
-            )
-            if tight
-        ]
-        devices.append(
-            Device(
-                id=name,
-                keep=float(keep[k]),
-                subcarriers=held,
-                bandwidth_hz=float(hz[k]) * (link.spacing_hz if isinstance(link, Subcarriers) else 1.0),
-                rate_up_bit_s=float(rates.up[k]),
-                rate_down_bit_s=float(rates.down[k]),
-                power_w=float(rates.power_w[k]),
-                payload_bits=float(bits[k]),
-                down_s=float(latency.down_s[k]),
-                compute_s=float(latency.compute_s[k]),
-                up_s=float(latency.up_s[k]),
-                latency_s=float(latency.total_s[k]),
-                transmit_j=float(energy.transmit_j[k]),
-                compute_j=float(energy.compute_j[k]),
-                overhead_j=float(energy.overhead_j[k]),
-                energy_j=float(energy.total_j[k]),
-                energy_limit_j=float(problem.energy_limit_j[k]),
-                binds=tuple(binds),
-            )
+    devices = tuple(
+        Device(
+            id=name,
+            keep=float(keep[k]),
+            subcarriers=holdings[k].subcarriers,
+            bandwidth_hz=holdings[k].bandwidth_hz,
+            rate_up_bit_s=float(rates.up[k]),
+            rate_down_bit_s=float(rates.down[k]),
+            power_w=float(rates.transmit_w[k]),
+            payload_bits=float(bits[k]),
+            down_s=float(latency.down_s[k]),
+            compute_s=float(latency.compute_s[k]),
+            up_s=float(latency.up_s[k]),
+            latency_s=float(latency.total_s[k]),
+            transmit_j=float(energy.transmit_j[k]),
+            compute_j=float(energy.compute_j[k]),
+            overhead_j=float(energy.overhead_j[k]),
+            energy_j=float(energy.total_j[k]),
+            energy_limit_j=float(problem.energy_limit_j[k]),
+            binds=binding[k],
         )
+        for k, name in enumerate(problem.ids)
+    )
     value = float(problem.value(keep))
     return Allocation(
-        devices=tuple(devices),
-        mode="subcarrier" if whole else "bandwidth",
+        devices=devices,
+        mode=problem.link.mode,
         solver=solver,
         latency_limit_s=problem.latency_limit_s,
         objective=value,
@@ -260,3 +212,15 @@ def describe(problem: Problem, solution: Solution[Array], solver: str, keep: Arr
         nodes=solution.nodes,
         seconds=solution.seconds,
     )
+
+
+def _binding(problem: Problem, share: Array, keep: Array) -> list[tuple[str, ...]]:
+    """The constraints that are tight for each device."""
+    late, over = problem.excess(share, keep)
+    tight = {
+        "latency": late > -_BINDING,
+        "energy": over > -_BINDING,
+        "keep = 1": keep >= 1.0,
+        "keep_min": keep <= problem.keep_min * (1.0 + 1e-9),
+    }
+    return [tuple(name for name, at in tight.items() if at[k]) for k in range(len(problem.ids))]

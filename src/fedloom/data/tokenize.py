@@ -1,0 +1,179 @@
+"""Text to token rows: prompt templates and tokenisation, in blocks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedloom.data.batches import Encoded as Encoded
+from fedloom.data.batches import Kind
+from fedloom.data.labels import classes, values
+from fedloom.data.labels import labels_of as labels_of
+from fedloom.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Tokenizer = Any  # transformers' tokenizer classes share no typed interface: this alias marks where they come in.
+
+TEMPLATES = {
+    "plain": "{prompt}\n",
+    "question": "Question: {prompt}\nAnswer: ",
+    "alpaca": "### Instruction:\n{prompt}\n\n### Response:\n",
+}
+"""What is put around a prompt; the answer follows. `chat` stands for the tokenizer's own chat template."""
+
+_BLOCK = 1024  # rows tokenised at once: bounds the memory of the Python lists that a tokenizer returns
+
+
+def encode_labelled(
+    ds: Dataset,
+    tokenizer: Tokenizer,
+    text: Sequence[str],
+    label: str,
+    labels: Sequence[str] | None,
+    max_length: int,
+    kind: Kind = "classification",
+) -> Encoded:
+    """Tokenise one text column, or two as a sentence pair, and number the labels (`labels_of(ds, label)` by default).
+
+    Rows are cut to `max_length` tokens. Raises DataError for a label outside `labels` or, in a regression, a target
+    that is no number.
+    """
+    if not 1 <= len(text) <= 2:
+        raise DataError(f"got {len(text)} text columns ({', '.join(text)}), expected one, or two for sentence pairs")
+    if kind == "classification":
+        targets: NDArray[Any] = classes(ds, label, labels_of(ds, label) if labels is None else labels)
+    elif kind == "regression":
+        targets = values(ds, label)
+    else:
+        raise DataError(f"labelled rows are for classification and regression, got kind {kind!r}")
+    pad_id = _pad_id(tokenizer)
+    tokens: list[NDArray[np.int32]] = []
+    types: list[NDArray[np.int8]] = []
+    lengths: list[int] = []
+    for first in range(0, len(ds), _BLOCK):
+        block = ds[first : first + _BLOCK]
+        columns = [[str(x) for x in block[name]] for name in text]
+        coded = tokenizer(*columns, truncation=True, max_length=max_length, verbose=False)
+        # A text of no tokens (an empty one, with a tokenizer that adds none) still needs one position to read from.
+        rows = [row or [pad_id] for row in coded["input_ids"]]
+        lengths.extend(map(len, rows))
+        tokens.append(_flat(rows, np.int32))
+        if len(text) == 2 and "token_type_ids" in coded:
+            types.append(_flat([row or [0] for row in coded["token_type_ids"]], np.int8))
+    return Encoded(
+        tokens=_join(tokens, np.int32),
+        offsets=_offsets(lengths),
+        pad_id=pad_id,
+        kind=kind,
+        targets=targets,
+        token_types=_join(types, np.int8) if types else None,
+    )
+
+
+def encode_causal(
+    ds: Dataset, tokenizer: Tokenizer, prompt: str, response: str, template: str | None, max_length: int
+) -> Encoded:
+    """Tokenise instruction data (a prompt and a response column): the loss counts the answer and its end token.
+
+    `template` is a name in `TEMPLATES`, a string with `{prompt}` in it, or `"chat"`; None means `"plain"`. A row longer
+    than `max_length` loses the end of its answer; a prompt that leaves no room for one is cut from its left, keeping a
+    start token. Raises DataError for a template without `{prompt}`, `"chat"` where the tokenizer has none, or a
+    `max_length` below 2.
+    """
+    if max_length < 2:
+        raise DataError(
+            f"got max_length {max_length}, expected at least 2: one token of the prompt and one of the answer"
+        )
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens: list[NDArray[np.int32]] = []
+    lengths: list[int] = []
+    starts: list[int] = []
+    for first in range(0, len(ds), _BLOCK):
+        block = ds[first : first + _BLOCK]
+        prompts = encode_prompts([str(x) for x in block[prompt]], tokenizer, template)
+        answers = tokenizer([str(x) for x in block[response]], add_special_tokens=False, verbose=False)["input_ids"]
+        rows = []
+        for i, (p, a) in enumerate(zip(prompts, answers, strict=True)):
+            a = a + end
+            if not a:
+                raise DataError(
+                    f"row {first + i + 1} has an empty answer in column {response!r}: remove the row or fill it"
+                )
+            p = fit_prompt(p, max_length - 1, tokenizer)
+            rows.append((p + a)[:max_length])
+            starts.append(len(p))
+        lengths.extend(map(len, rows))
+        tokens.append(_flat(rows, np.int32))
+    return Encoded(
+        tokens=_join(tokens, np.int32),
+        offsets=_offsets(lengths),
+        pad_id=_pad_id(tokenizer),
+        kind="causal-lm",
+        starts=np.asarray(starts, np.int64),
+    )
+
+
+def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, template: str | None) -> list[list[int]]:
+    """Token ids of the prompts inside their template, at least one token each: what an answer is generated from."""
+    name = template or "plain"
+    if name == "chat":
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                f"template 'chat' needs a tokenizer with a chat template, and this one has none: use one of "
+                f"{', '.join(TEMPLATES)}, or a string with {{prompt}} in it"
+            )
+        texts = [
+            tokenizer.apply_chat_template([{"role": "user", "content": x}], tokenize=False, add_generation_prompt=True)
+            for x in prompts
+        ]
+        special = False  # a chat template writes its special tokens itself
+    else:
+        form = TEMPLATES.get(name, name)
+        if "{prompt}" not in form:
+            raise DataError(
+                f"got template {name!r}, expected {', '.join(TEMPLATES)}, chat, or a string with {{prompt}} in it"
+                f"{nearest(name, [*TEMPLATES, 'chat'])}"
+            )
+        texts = [form.replace("{prompt}", x) for x in prompts]
+        special = True
+    rows: list[list[int]] = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
+    begin = end if begin is None else begin
+    # The answer's first token is predicted from the one before it, so a prompt has at least one token, and none that
+    # closes the text.
+    rows = [row[:-1] if special and len(row) > 1 and row[-1] == end else row for row in rows]
+    return [row or [_pad_id(tokenizer) if begin is None else begin] for row in rows]
+
+
+def fit_prompt(row: list[int], room: int, tokenizer: Tokenizer) -> list[int]:
+    """The prompt in at most `room` (>= 1) tokens, cut from its left; a start-of-text token stays."""
+    if len(row) <= room:
+        return row
+    begin = row[:1] if room > 1 and row[0] == tokenizer.bos_token_id else []
+    return begin + row[len(row) - room + len(begin) :]
+
+
+def _pad_id(tokenizer: Tokenizer) -> int:
+    """The padding token; where a model family has none (GPT-2, Llama), the end-of-sequence token: padding is masked."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def _flat(rows: Iterable[list[int]], dtype: type[Any]) -> NDArray[Any]:
+    return np.fromiter(chain.from_iterable(rows), dtype)
+
+
+def _join(blocks: list[NDArray[Any]], dtype: type[Any]) -> NDArray[Any]:
+    return np.concatenate(blocks) if blocks else np.empty(0, dtype)
+
+
+def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(np.asarray(lengths, np.int64))))

@@ -1,0 +1,77 @@
+"""What fedloom knows of a model family: one record per architecture of transformers, by its `model_type`.
+
+A record is an option, never a condition: a family without one is adapted where the run file says (`targets`) and trains on the
+readable path, padded. DeepSeek-LLM and SmolLM2 are `llama`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedloom.data.batches import Kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """The facts of one architecture."""
+
+    targets: tuple[str, ...]
+    """Name endings of the layers that the LoRA papers adapt."""
+    siblings: tuple[tuple[str, ...], ...] = ()
+    """Names of layers that one module calls on the same input, in this order: they can be one matrix product."""
+    packs: frozenset[Kind] = frozenset()
+    """Tasks whose batches may be packed: its attention goes through transformers' interface with nothing but a scale."""
+    reader: str = ""
+    """The module of a packed encoder that reads the first token of each row."""
+    positions_follow_padding: bool = False
+    """Whether position ids start at the padding token's id + 1, as fairseq counts, and not at 0."""
+
+
+_ROWS = frozenset[Kind]({"classification", "regression"})
+_BERT = Family(targets=("query", "value"), siblings=(("query", "key", "value"),), packs=_ROWS, reader="pooler")
+_ROBERTA = Family(
+    targets=("query", "value"),
+    siblings=(("query", "key", "value"),),
+    packs=_ROWS,
+    reader="classifier",
+    positions_follow_padding=True,
+)
+_LLAMA = Family(
+    targets=("q_proj", "v_proj"),
+    siblings=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
+    packs=frozenset({"causal-lm"}),
+)
+_GEMMA = Family(targets=_LLAMA.targets, siblings=_LLAMA.siblings)
+
+FAMILIES = {
+    "bert": _BERT,
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "electra": Family(targets=("query", "value"), siblings=(("query", "key", "value"),)),
+    "distilbert": Family(targets=("q_lin", "v_lin")),
+    "gpt2": Family(targets=("c_attn",), packs=frozenset({"causal-lm"})),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), _LLAMA),
+    **dict.fromkeys(("gemma", "gemma2"), _GEMMA),
+    "phi": Family(targets=("q_proj", "v_proj"), siblings=(("q_proj", "k_proj", "v_proj"),)),
+}
+"""`config.model_type` -> its record."""
+
+
+def model_type(model: nn.Module) -> str:
+    """transformers' name of the architecture; that of the class for any other module."""
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """The record of the model's architecture, if there is one."""
+    return FAMILIES.get(model_type(model))
+
+
+def first_position(model: nn.Module) -> int:
+    """The position id of a row's first token."""
+    family = family_of(model)
+    if family is None or not family.positions_follow_padding:
+        return 0
+    return int(getattr(getattr(model, "config", None), "pad_token_id", 0)) + 1

@@ -1,0 +1,1 @@
+"""The radio system: fleet, rates, generalisation bound and the allocation problem, in SI units."""
