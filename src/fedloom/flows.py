@@ -289,6 +289,7 @@ def need_trained(wrapper: Over, what: str) -> None:
 
     `what` says in a few words what the wrapper takes of it.
     """
+    need_fixed_sizes(wrapper)
     over = wrapper.over
     whole = Client("rehearsal", 1, over.rank)
     for t in (1, 2):
@@ -304,15 +305,13 @@ def need_trained(wrapper: Over, what: str) -> None:
                     f"received, and {role} is something else in round {t}: choose another [method.over]"
                     + (f", or put {over.name} over {wrapper.name}" if isinstance(over, Over) else "")
                 )
-        if why := secret_sum_obstacle(seen.exchange.expects(whole, seen.received)):
-            raise ConfigError(f"{wrapper.name} cannot go over {over.name}: {why}: choose another [method.over]")
 
 
-def need_whole(wrapper: Method, client: Client, what: str) -> None:
+def need_whole(wrapper: Method, client: Client, advice: str = "") -> None:
     """Raise ConfigError unless a client has the whole of every budget: with less, it may train other tensors each round."""
     for name, budget in BUDGETS.items():
         if getattr(client, name) != whole_budget(wrapper, name):
             raise ConfigError(
-                f"{wrapper.name} needs clients that train the same tensors in every round, {what}, got "
-                f"{name} {getattr(client, name)} for client {client.id!r}: remove {budget.key} from [clients]"
+                f"{wrapper.name} needs clients that train the same tensors in every round, got "
+                f"{name} {getattr(client, name)} for client {client.id!r}: remove {budget.key} from [clients]{advice}"
             )

@@ -777,3 +777,30 @@ CASES += [
     Case("norm_filter", _of("norm_filter"), each=True),
     Case("scaffold over median", _of("scaffold", "median"), payload=controlled, each=True),
 ]
+
+
+# sparse
+
+
+def sparse(down: float, up: float) -> Payload:
+    """The values, and a bit for every entry of the factors."""
+
+    def payload(client: Client, t: int, received: State) -> tuple[int, int]:
+        n = RANK * (OUTS + INS)
+        kept_down, kept_up = (max(1, int(n * share)) for share in (down, up))
+        return 4 * kept_down + (n + 7) // 8, 4 * kept_up + (n + 7) // 8
+
+    return payload
+
+
+CASES += [
+    Case("flasc", _of("flasc", down=0.8, up=0.5), payload=sparse(0.8, 0.5), each=True, replaces=False),
+    Case("flasc, dense", _of("flasc", down=1.0, up=1.0), payload=sparse(1, 1), each=True, replaces=False),
+    Case(
+        "fedadam over flasc",
+        _of("fedadam", _of("flasc", down=0.8, up=0.5), lr=0.02),
+        payload=sparse(0.8, 0.5),
+        each=True,
+        replaces=False,
+    ),
+]

@@ -114,13 +114,16 @@ def test_an_upload_that_is_not_finite_is_dropped() -> None:
 
 def test_feedback_needs_clients_that_train_the_same_tensors() -> None:
     method = quantise({"rank": 4}, over={"name": "fslora"})
-    with pytest.raises(ConfigError, match=r"to give rounding errors back.*got rank 2 for client 'a'"):
+    with pytest.raises(
+        ConfigError, match=r"got rank 2 for client 'a': remove ranks from .clients., or set feedback = false"
+    ):
         method.check(Client("a", 1, 2))
     quantise({"rank": 4}, over={"name": "fslora"}, feedback=False).check(Client("a", 1, 2))
 
 
 def test_sizes_that_the_client_chooses_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match="quantise cannot go over hetlora: A/first has a size that the client chooses"
+        ConfigError,
+        match="quantise cannot go over hetlora: of what comes back A/first has a size that the client chooses",
     ):
         quantise({"rank": 4}, over={"name": "hetlora"})

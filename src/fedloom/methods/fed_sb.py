@@ -45,6 +45,7 @@ class FedSB(LoRA):
 
     name: ClassVar[str] = "fed_sb"
     paper: ClassVar[str] = "Singhal et al., Fed-SB: A Silver Bullet for Federated LoRA Fine-Tuning, arXiv 2502.15436"
+    group: ClassVar[str] = "small cores"
 
     def init(self, sites: Sites, rng: torch.Generator) -> State:
         frozen.check_sides(self.name, self.rank, sites)

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from fedloom.core import Client, Each, Exchange, Round, Upload, Visit
-from fedloom.errors import ConfigError
-from fedloom.flows import Over, averaged, need_whole, rehearse, relay, relay_sends
-from fedloom.spec import Leaf, Spec, secret_sum_obstacle
+from fedloom.flows import Over, averaged, need_fixed_sizes, need_whole, relay, relay_sends
+from fedloom.spec import Leaf, Spec
 from fedloom.state import State
 
 
@@ -44,15 +43,12 @@ class Quantise(Over):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = Client("rehearsal", 1, self.over.rank)
-        seen = rehearse(self.over, whole, 1)
-        if seen and (why := secret_sum_obstacle(seen.exchange.expects(whole, seen.received))):
-            raise ConfigError(f"quantise cannot go over {self.over.name}: {why}: choose another [method.over]")
+        need_fixed_sizes(self)
 
     def check(self, client: Client) -> None:
         super().check(client)
         if self.feedback:
-            need_whole(self, client, "to give rounding errors back (or feedback = false)")
+            need_whole(self, client, ", or set feedback = false")
 
     async def server(self, state: State, round: Round) -> State:
         async def coded(x: Any) -> Any:

@@ -41,6 +41,7 @@ class Ravan(LoRA):
 
     name: ClassVar[str] = "ravan"
     paper: ClassVar[str] = "Raje et al., Ravan: Multi-Head Low-Rank Adaptation, arXiv 2506.05568"
+    group: ClassVar[str] = "small cores"
     budgets: ClassVar[frozenset[str]] = frozenset({"rank"})
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ class RoLoRA(LoRA):
 
     name: ClassVar[str] = "rolora"
     paper: ClassVar[str] = "Chen et al., Robust Federated Finetuning via Alternating Optimization, arXiv 2502.01755"
+    group: ClassVar[str] = "alternation"
 
     async def server(self, state: State, round: Round) -> State:
         mean = await Mean(

@@ -40,7 +40,7 @@ class Scaffold(Over):
 
     def check(self, client: Client) -> None:
         super().check(client)
-        need_whole(self, client, "to correct their drift")
+        need_whole(self, client)
 
     async def server(self, state: State, round: Round) -> State:
         c = self.mine(state) or {f"c_{role}": x for role, x in zeros_like(only(state, *ROLES)).items()}
