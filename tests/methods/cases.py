@@ -752,9 +752,15 @@ CASES += [
     Case("fednova", _of("fednova"), payload=with_tau, replaces=False),
     Case("fednova over fslora", _of("fednova", "fslora"), MIXED, payload=plus_up(_SEED, 4), replaces=False),
     Case("fedadam over fednova", _of("fedadam", "fednova", lr=0.02), payload=with_tau, replaces=False),
-    Case("clip", _of("clip", norm=0.3), replaces=False),
-    Case("clip over ffa_lora", _of("clip", "ffa_lora", norm=0.3), MIXED, payload=one_factor(OUTS, 8), replaces=False),
-    Case("scaffold over clip", _of("scaffold", "clip"), payload=controlled),
+    Case("clip_updates", _of("clip_updates", norm=0.3), replaces=False),
+    Case(
+        "clip_updates over ffa_lora",
+        _of("clip_updates", "ffa_lora", norm=0.3),
+        MIXED,
+        payload=one_factor(OUTS, 8),
+        replaces=False,
+    ),
+    Case("scaffold over clip_updates", _of("scaffold", "clip_updates"), payload=controlled),
     Case("quantise", _of("quantise"), payload=quantised(8), each=True, replaces=False),
     Case(
         "quantise, 4 bits, stochastic",

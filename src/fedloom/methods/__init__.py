@@ -25,7 +25,7 @@ _KNOWN = {
     "fedprox": "fedprox:FedProx",
     "scaffold": "scaffold:Scaffold",
     "fednova": "fednova:FedNova",
-    "clip": "clip:Clip",
+    "clip_updates": "clip:Clip",
     "quantise": "quantise:Quantise",
     "median": "robust:Median",
     "trimmed_mean": "robust:TrimmedMean",
