@@ -346,6 +346,11 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {name: (_of(name), {}) 
 }
 """[method] and [clients] of the whole runs that every engine must do alike."""
 
+RUNS |= {
+    name: (_of(name), {"ranks": [1, 2, 4]})
+    for name in ("flora", "zero_padding", "replication_padding", "raflora", "fed_plora", "lora_a2", "fedrora", "eclora")
+}
+
 
 def sections(case: str) -> dict[str, dict[str, Any]]:
     """The [method] and [clients] of one of RUNS, for three clients."""

@@ -537,7 +537,7 @@ def elsewhere() -> Iterator[Elsewhere]:
     at.stop()
 
 
-ABROAD = ["feddpa", "scaffold", "fedlodrop over fslora", "fedlora_optimizer", "fedask"]
+ABROAD = ["feddpa", "scaffold", "flora", "lora_a2", "fedrora", "fedlodrop over fslora", "fedlora_optimizer", "fedask"]
 
 
 @pytest.mark.parametrize("case", [c for c in [*CASES, FEDASK] if c.label in ABROAD], ids=lambda case: case.label)
