@@ -391,7 +391,7 @@ def test_a_start_changes_nothing(case: Case) -> None:
             own_model(at, method, state, client, 0),
         ):
             made = update(work)
-            assert made.keys() == SITES.keys() and all((x == 0).all() for x in made.values())
+            assert made.keys() == SITES.keys() and all(x.abs().max() <= case.start_error for x in made.values())
 
 
 @every
