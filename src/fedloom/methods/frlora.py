@@ -43,7 +43,9 @@ class FRLoRA(LoRA):
             U, S, Vh = lora.principal(weight(site), self.rank, generator(seed, site))
             root = (S / self.scale).sqrt()
             state["A"][site], state["B"][site] = root[:, None] * Vh, U * root
-        return state | products.merged({}, self._stacks(state, -1.0))
+        base = products.merged({}, self._stacks(state, -1.0))
+        # Cloned: a checkpoint has no tensors that share memory.
+        return state | {role: {site: x.clone() for site, x in group.items()} for role, group in base.items()}
 
     def _stacks(self, factors: State, sign: float) -> products.Stacks:
         stacks: products.Stacks = {}
