@@ -196,6 +196,8 @@ class Method(ABC):
     name: ClassVar[str]
     paper: ClassVar[str]
     """Authors, title, arXiv id."""
+    group: ClassVar[str] = "averaging"
+    """The heading under which `fedloom methods` lists it."""
     budgets: ClassVar[frozenset[str]] = frozenset()
     """Which budgets of a client the method itself follows: names of fields of `Client`."""
 

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from fedloom.core import Client, State
+from fedloom.core import Client, Method, State
 from fedloom.errors import ConfigError
 from fedloom.loop import federate, one_round
 from fedloom.methods import build
 from fedloom.state import only
 
-from .cases import EXAMPLES, MIXED, SITES, ZERO, Case, after, engine, flat, start, uploads
+from .cases import EXAMPLES, MIXED, ONE, SITES, ZERO, Case, after, engine, flat, start, uploads
 
 ADAPTIVE = ["fedadagrad", "fedadam", "fedyogi"]
 
@@ -46,26 +46,63 @@ def test_fedavgm_by_hand() -> None:
 
 
 def test_fedadagrad_by_hand() -> None:
-    """v = 4, then 20; no momentum."""
-    want = 0.1 * 2 / (2 + 0.5)
+    """v = 0.25 + 4, then 20.25; no momentum."""
+    want = 0.1 * 2 / (sqrt(4.25) + 0.5)
     got = two_rounds("fedadagrad", 2.0, 4.0, lr=0.1, tau=0.5)
-    assert got == pytest.approx((want, want + 0.1 * 4 / (sqrt(20) + 0.5)), rel=1e-12)
+    assert got == pytest.approx((want, want + 0.1 * 4 / (4.5 + 0.5)), rel=1e-12)
 
 
 def test_fedadam_by_hand() -> None:
-    """beta1 = 0.5, beta2 = 0.75: m = 1, then 2.5; v = 1, then 4.75."""
-    want = 0.1 * 1 / (1 + 0.5)
+    """beta1 = 0.5, beta2 = 0.75: m = 1, then 2.5; v = 0.75 tau^2 + 1, then 0.75 v + 4."""
+    want = 0.1 * 1 / (sqrt(1.1875) + 0.5)
     got = two_rounds("fedadam", 2.0, 4.0, lr=0.1, tau=0.5, beta1=0.5, beta2=0.75)
-    assert got == pytest.approx((want, want + 0.1 * 2.5 / (sqrt(4.75) + 0.5)), rel=1e-12)
+    assert got == pytest.approx((want, want + 0.1 * 2.5 / (sqrt(4.890625) + 0.5)), rel=1e-12)
 
 
-@pytest.mark.parametrize("second, v", [(4.0, 5.0), (0.5, 1 - 0.25 * 0.25)])
+@pytest.mark.parametrize("second, v", [(4.0, 5.25), (0.5, 1.25 - 0.25 * 0.25)])
 def test_fedyogi_by_hand(second: float, v: float) -> None:
-    """v = 0 + 0.25 * 4 = 1; then it grows by 0.25 * 16 where 16 > v, and falls by 0.25 * 0.25 where 0.25 < v."""
-    want = 0.1 * 1 / (1 + 0.5)
+    """v = tau^2 + 0.25 * 4 = 1.25; then it grows by 0.25 * 16 where 16 > v, and falls by 0.25 * 0.25 where 0.25 < v."""
+    want = 0.1 * 1 / (sqrt(1.25) + 0.5)
     got = two_rounds("fedyogi", 2.0, second, lr=0.1, tau=0.5, beta1=0.5, beta2=0.75)
     m = 0.5 * 1 + 0.5 * second
     assert got == pytest.approx((want, want + 0.1 * m / (sqrt(v) + 0.5)), rel=1e-12)
+
+
+def rounds(method: Method, changes: list[float]) -> tuple[list[float], State]:
+    """An entry of A after each round in which the client's A comes back `change` larger; B comes back as it is."""
+    at, seen = ONE, []
+    for t, change in enumerate(changes, 1):
+        sent = {"A": {"s": at["A"]["s"] + change}, "B": at["B"]}
+        at = after(method, at, [(Client("a", 1, 1), sent)], t)
+        seen.append(float(at["A"]["s"][0, 0]))
+        assert flat(only(at, "B")) == flat(only(ONE, "B"))
+    return seen, at
+
+
+def reference(name: str, changes: list[float], lr: float, beta1: float, beta2: float, tau: float) -> list[float]:
+    """Algorithm 2 of Reddi et al., one number."""
+    x, m, v, seen = 1.0, 0.0, tau**2, []
+    for d in changes:
+        m = beta1 * m + (1 - beta1) * d
+        if name == "fedadagrad":
+            v = v + d**2
+        elif name == "fedyogi":
+            v = v - (1 - beta2) * d**2 * (1 if v > d**2 else -1 if v < d**2 else 0)
+        else:
+            v = beta2 * v + (1 - beta2) * d**2
+        x += lr * m / (v**0.5 + tau)
+        seen.append(x)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["fedadagrad", "fedadam", "fedyogi"])
+def test_adaptive_rules_are_algorithm_2(name: str) -> None:
+    """A large tau, so that a wrong start of v, or a bias that is corrected, shows in the first digits."""
+    changes = [0.4, -0.1, 0.3, 0.0, 2.0]
+    fields = {"lr": 0.5, "beta1": 0.8, "tau": 0.3} | ({} if name == "fedadagrad" else {"beta2": 0.7})
+    seen, at = rounds(build({"name": name, **fields}, {"rank": 1}), changes)
+    assert seen == pytest.approx(reference(name, changes, 0.5, 0.8, 0.7, 0.3), rel=1e-5)
+    assert {role for role in at if role.startswith("server_")} == {f"server_{x}_{r}" for x in "mv" for r in "AB"}
 
 
 @pytest.mark.parametrize(
@@ -122,7 +159,7 @@ def test_no_change_is_no_step() -> None:
     for name in ADAPTIVE:
         method = case(name).method()
         new = after(method, ZERO, uploads((1, ZERO), (2, ZERO)))
-        assert flat(only(new, "A", "B")) == flat(ZERO), "0 / (0 + tau)"
+        assert flat(only(new, "A", "B")) == flat(ZERO), "0 / (tau + tau)"
 
 
 @pytest.mark.parametrize(

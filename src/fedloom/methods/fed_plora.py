@@ -18,7 +18,7 @@ import torch
 from fedloom import slices
 from fedloom.core import Client, Factors, Mean, Round, Visit, Work
 from fedloom.methods.base import LoRA
-from fedloom.methods.zero_padding import mean_of_holders
+from fedloom.methods.holders import mean_of_holders
 from fedloom.rng import generator, seed_of
 from fedloom.spec import Spec, like
 from fedloom.state import Group, Sites, State, only
@@ -32,6 +32,7 @@ class FedPLoRA(LoRA):
     paper: ClassVar[str] = (
         "Zhang et al., Heterogeneous Federated Fine-Tuning with Parallel One-Rank Adaptation, arXiv 2602.16936"
     )
+    group: ClassVar[str] = "unequal ranks"
     budgets: ClassVar[frozenset[str]] = frozenset({"rank"})
 
     def init(self, sites: Sites, rng: torch.Generator) -> State:

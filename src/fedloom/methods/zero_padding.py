@@ -15,14 +15,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
 from torch.nn.functional import pad
 
 from fedloom import slices
 from fedloom.core import Client, Mean, Round, Visit
 from fedloom.methods.base import LoRA
-from fedloom.state import Group, State, only, without
+from fedloom.methods.holders import mean_of_holders
+from fedloom.state import State, only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +33,7 @@ class ZeroPadding(LoRA):
 
     name: ClassVar[str] = "zero_padding"
     paper: ClassVar[str] = "baseline of Cho et al., Heterogeneous LoRA for Federated Fine-tuning, arXiv 2401.06432"
+    group: ClassVar[str] = "unequal ranks"
     budgets: ClassVar[frozenset[str]] = frozenset({"rank"})
 
     async def server(self, state: State, round: Round) -> State:
@@ -78,19 +78,3 @@ class ReplicationPadding(ZeroPadding):
 
     def _averaged(self, mean: State, before: State) -> State:
         return mean_of_holders(mean, before)
-
-
-def mean_of_holders(mean: State, before: State) -> State:
-    """A weighted mean of zero-padded factors as the mean over those that hold each rank.
-
-    Role `held` of the mean is the weight of the holders, (r,) for each site. Ranks that nobody holds stay as they are: padding
-    both factors with zeros would end them for good, since each one's gradient is a product with the other.
-    """
-
-    def divided(x: Tensor, weight: Tensor, old: Tensor) -> Tensor:
-        return torch.where(weight > 0, x / weight, old)
-
-    held: Group = mean["held"]
-    A = {site: divided(x, held[site][:, None], before["A"][site]) for site, x in mean["A"].items()}
-    B = {site: divided(x, held[site], before["B"][site]) for site, x in mean["B"].items()}
-    return without(mean, "held") | {"A": A, "B": B}

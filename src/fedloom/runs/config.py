@@ -192,6 +192,13 @@ class NetworkSection(_Section):
     """Who sends on which part of the band; by default clients.keep if that names a file, else it is planned anew."""
 
 
+class RunSection(_Section):
+    """[run]"""
+
+    keep_checkpoints: int = Field(2, ge=1)
+    """So many of the last rounds can be gone back to: `fedloom resume RUN --round N`."""
+
+
 class RunConfig(_Section):
     """A whole run: the keys of a run file, with their defaults."""
 
@@ -203,6 +210,7 @@ class RunConfig(_Section):
     method: MethodSection
     train: TrainSection = TrainSection()
     engine: EngineSection = EngineSection()
+    run: RunSection = RunSection()
     network: NetworkSection | None = None
 
     def to_toml(self) -> str:
