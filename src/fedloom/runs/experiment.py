@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fedloom.client import Client
 from fedloom.core import Method, Visit, Work
@@ -99,8 +100,15 @@ class Experiment:
         return None if rows is None else Client("server", len(rows), self.method.rank)
 
     def initial_state(self) -> State:
-        """The server's first state, head included: a function of the seed alone."""
-        return self.method.init(self.sites, generator(self.config.seed, "init")) | self.head
+        """The server's first state, head included: a function of the seed and the frozen weights."""
+
+        def weight(site: str) -> Tensor:
+            found = self.base.model.get_submodule(site).weight
+            assert isinstance(found, Tensor)
+            found = found.detach().to("cpu", torch.float32)
+            return found.T if self.transposed else found
+
+        return self.method.init_from(self.sites, generator(self.config.seed, "init"), weight) | self.head
 
     def global_model(self, state: State) -> Work:
         """The server's model, as work that trains nothing: what a client that keeps nothing uses."""
