@@ -18,7 +18,7 @@ from machine import describe
 
 import fedloom
 from fedloom import methods
-from fedloom.runs.assemble import tables
+from fedloom.runs.tables import tables
 
 QUICKSTART = Path(fedloom.__file__).parent / "quickstart.toml"
 

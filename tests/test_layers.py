@@ -48,7 +48,7 @@ def fedloom_(*names: str) -> list[str]:
     return [f"fedloom.{name}" for name in names]
 
 
-UPPER = fedloom_("train", "engines", "cli", "runs", "models", "data", "api", "wireless")
+UPPER = fedloom_("train", "flower", "cli", "runs", "models", "data", "api", "wireless")
 
 
 def test_there_is_something_to_look_at() -> None:
@@ -76,10 +76,10 @@ def test_methods_import_the_mathematics_alone(path: Path) -> None:
 
 def test_layers_go_downwards() -> None:
     below = {
-        "train": fedloom_("engines", "cli", "runs", "api", "wireless"),
-        "data": fedloom_("train", "engines", "cli", "runs", "api", "methods", "wireless"),
-        "models": fedloom_("engines", "cli", "runs", "api", "methods", "wireless"),
-        "engines": fedloom_("cli", "runs", "api", "wireless"),
+        "train": fedloom_("flower", "cli", "runs", "api", "wireless"),
+        "data": fedloom_("train", "flower", "cli", "runs", "api", "methods", "wireless"),
+        "models": fedloom_("train", "flower", "cli", "runs", "api", "methods", "wireless"),
+        "flower": fedloom_("cli", "runs", "api", "wireless"),
         "runs": fedloom_("cli", "api"),
     }
     for layer, forbidden in below.items():
@@ -100,6 +100,17 @@ def test_wireless_stands_alone(path: Path) -> None:
         assert not within(name, "torch", "transformers", "flwr"), name
         if within(name, "fedloom"):
             assert within(name, "fedloom.wireless", "fedloom.errors", "fedloom.toml"), name
+
+
+def test_rooms_of_the_planner_go_downwards() -> None:
+    above = [f"fedloom.wireless.{name}" for name in ("diagnosis", "allocate", "replay", "show")]
+    below = {"system": ["fedloom.wireless.solvers", *above], "solvers": above, "": ["fedloom.wireless.show"]}
+    for room, forbidden in below.items():
+        found = sorted((SOURCE / "wireless" / room).glob("*.py"))
+        assert found, room
+        for path in found:
+            for name in ours(path):
+                assert not within(name, *forbidden), f"{path.name} imports {name}"
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,8 @@ class Method(ABC):
     name: ClassVar[str]
     paper: ClassVar[str]
     """Authors, title, arXiv id."""
+    group: ClassVar[str] = "averaging"
+    """The heading under which `fedloom methods` lists it."""
     budgets: ClassVar[frozenset[str]] = frozenset()
     """Which budgets of a client the method itself follows: names of fields of `Client`."""
 
@@ -207,6 +209,11 @@ class Method(ABC):
     @property
     def personal_models(self) -> bool:
         """Every client ends with a model of its own: scores are means over clients."""
+        return False
+
+    @property
+    def serves_personal_models(self) -> bool:
+        """What makes a client's model its own comes from `serve`: a client that keeps nothing has one too."""
         return False
 
     @property

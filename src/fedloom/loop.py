@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from fedloom import lora, spec
 from fedloom.client import Client, Failure
@@ -15,7 +18,23 @@ from fedloom.core import Averaged, Each, Exchange, Mean, Method, Round, Trained,
 from fedloom.engine import Answer, Engine, Job, Total, Visits
 from fedloom.errors import MethodError, RoundError
 from fedloom.sampling import Sampler, all_clients
-from fedloom.state import State
+from fedloom.screening import RECENT, Moved, Screen, movement, step_fault
+from fedloom.state import State, only
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an upload and a round must keep to."""
+
+    max_norm: float | None = None
+    """Largest norm of an upload."""
+    max_ratio: float | None = 10.0
+    """How many times as far as the median client's an upload may move the model; None for no bound."""
+    quorum: int = 1
+    """Usable uploads that a round needs, or all of its clients' if those are fewer."""
+
+
+DEFAULT = Limits()
 
 
 @dataclass
@@ -29,6 +48,8 @@ class Record:
     """Who was asked."""
     dropped: dict[str, str] = field(default_factory=dict)
     """Client id -> why its upload was not used."""
+    suspicious: dict[str, float] = field(default_factory=dict)
+    """Client id -> how many times as far as the median one it moved the model, where that is much but allowed."""
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     """Client id -> what its training reported, of uploads that were used."""
     examples: dict[str, int] = field(default_factory=dict)
@@ -59,7 +80,7 @@ def in_order(results: Iterable[Answer | Failure | Total], ids: Sequence[str]) ->
     for result in results:
         if isinstance(result, Total):
             yield result
-            return
+            continue
         if result.client.id in expected:
             expected.remove(result.client.id)
             waiting[result.client.id] = result
@@ -99,9 +120,9 @@ class _Once(Iterator[Upload]):
 class _Conversation:
     """One round's exchanges, with the clients that are still in it."""
 
-    def __init__(self, visits: Visits, round: Round, record: Record, max_norm: float | None, quorum: int) -> None:
-        self.visits, self.round, self.record = visits, round, record
-        self.max_norm, self.least = max_norm, max(1, min(quorum, len(round.clients)))
+    def __init__(self, visits: Visits, round: Round, record: Record, limits: Limits) -> None:
+        self.visits, self.round, self.record, self.limits = visits, round, record, limits
+        self.least = max(1, min(limits.quorum, len(round.clients)))
         self.live = list(round.clients)
 
     def answer(self, asked: object) -> Averaged | Trained | Iterator[Upload]:
@@ -142,20 +163,12 @@ class _Conversation:
 
         Raises RoundError at the end if there were too few.
         """
-        expected: dict[str, spec.Spec] = {}
         used: list[Client] = []
         asked = self.live
-        for result in in_order(self.visits.exchange(self.jobs(x, expected), x), [client.id for client in asked]):
-            if isinstance(result, Total):
-                for key, by_role in result.bytes_up.items():
-                    self.record.per_client[key][1] += self.record.up.add(by_role)
-                used += result.clients
-                yield result
-            elif isinstance(result, Failure):
-                self.record.dropped[result.client.id] = result.reason
-            elif self._usable(result, expected.pop(result.client.id)):
-                used.append(result.client)
-                yield result
+        screen: Screen[Answer | Total] = Screen(self.limits.max_ratio, self._refuse, self.record.suspicious)
+        for result in screen.usable(self._checked(x)):
+            used += result.clients if isinstance(result, Total) else [result.client]
+            yield result
             del result
         self.live, there = used, {client.id for client in used}
         for client in asked:
@@ -164,15 +177,34 @@ class _Conversation:
         if len(used) < self.least:
             raise self._short(len(used))
 
-    def _usable(self, result: Answer, want: spec.Spec) -> bool:
-        key, record = result.client.id, self.record
-        record.per_client[key][1] += record.up.count(result.state)
-        if why := spec.reject_reason(want, result.state, self.max_norm):
-            record.dropped[key] = why
-            return False
-        record.metrics[key] = result.metrics
-        record.examples[key] = result.client.examples
-        return True
+    def _checked(self, x: Exchange[Any]) -> Iterator[Moved[Answer | Total]]:
+        """The results that are what was expected, with how far they move the model."""
+        expected: dict[str, spec.Spec] = {}
+        for result in in_order(self.visits.exchange(self.jobs(x, expected), x), [client.id for client in self.live]):
+            if isinstance(result, Total):
+                for key, by_role in result.bytes_up.items():
+                    self.record.per_client[key][1] += self.record.up.add(by_role)
+                yield Moved(result.clients[0], 0.0, result)
+                continue
+            client, record = result.client, self.record
+            if isinstance(result, Failure):
+                record.dropped[client.id] = result.reason
+                continue
+            record.per_client[client.id][1] += record.up.count(result.state)
+            if why := spec.reject_reason(expected.pop(client.id), result.state, self.limits.max_norm):
+                record.dropped[client.id] = why
+                continue
+            record.metrics[client.id] = result.metrics
+            record.examples[client.id] = client.examples
+            known = self.limits.max_ratio is not None
+            yield Moved(client, movement(result.state, x.send(client)) if known else 0.0, result)
+            del result
+
+    def _refuse(self, client: Client, why: str) -> None:
+        """Drop a client whose upload looked as expected, but is unlike the others."""
+        self.record.dropped[client.id] = why
+        self.record.metrics.pop(client.id, None)
+        self.record.examples.pop(client.id, None)
 
     def _short(self, count: int) -> RoundError:
         t, dropped = self.round.t, self.record.dropped
@@ -180,7 +212,7 @@ class _Conversation:
         return RoundError(
             f"round {t}: {count} of {len(self.round.clients)} clients sent a usable update, expected at least {self.least} "
             f"({reasons}). The checkpoint of round {t - 1} stands: change what caused this (a smaller train.lr, nodes that "
-            "are missing, a smaller engine.quorum?) and resume"
+            "are missing or late, a smaller engine.quorum?) and resume"
         )
 
     def uploads(self, x: Exchange[Any]) -> Iterator[Upload]:
@@ -194,12 +226,16 @@ class _Conversation:
     def mean(self, x: Mean) -> Averaged:
         """The weighted mean of the lifted uploads, one of them held at a time."""
         mean, clients = lora.Mean(), []
-        for result in self.results(x):
+        total: Total | None = None
+        for result in self.results(x):  # to its end, where it is known who is dropped
             if isinstance(result, Total):
-                return _mean_of_total(x, result)
-            mean.add(x.lift(result.client, result.state), x.weight(result.client))
-            clients.append(result.client)
+                total = result
+            else:
+                mean.add(x.lift(result.client, result.state), x.weight(result.client))
+                clients.append(result.client)
             del result
+        if total is not None:
+            return _mean_of_total(x, total)
         return Averaged(mean.value, tuple(clients), mean.weight)
 
 
@@ -230,27 +266,27 @@ def one_round(
     t: int,
     *,
     federation: int = 0,
-    max_norm: float | None = None,
-    quorum: int = 1,
+    limits: Limits = DEFAULT,
+    recent_steps: Sequence[float] = (),
 ) -> tuple[State, Record]:
     """Round t with the clients given. `state` is not changed. Nothing of a round that raises is kept: do it again.
 
-    Raises RoundError if fewer uploads can be used than `quorum`, or than there are clients if those are fewer; MethodError if
-    the method breaks the interface.
+    `recent_steps` are norms of the server's last steps (`report["step_norm"]`). Raises RoundError if fewer uploads can be used
+    than the quorum, or the next state is not finite or unlike recent ones; MethodError if the method breaks the interface.
     """
     start = time.perf_counter()
     chosen = tuple(sorted(clients, key=lambda client: client.id))
     round = Round(t, chosen, federation or len(chosen), engine.sites)
     record = Record(t, report=round.report)
     visits = engine.visits(method, round)
-    talk = _Conversation(visits, round, record, max_norm, quorum)
+    talk = _Conversation(visits, round, record, limits)
     flow = method.server(state, round)
     if not inspect.iscoroutine(flow):
         raise MethodError(f"{method.name}.server is no coroutine function: write `async def server`")
     answer: object = None
     try:
         while True:
-            ended, asked = _step(flow, answer)
+            ended, asked = _step(flow, answer, t)
             if isinstance(answer, _Once):
                 answer.drain()
             if ended:
@@ -260,18 +296,29 @@ def one_round(
         flow.close()
     if not isinstance(asked, dict):
         raise MethodError(f"{method.name}.server returned {type(asked).__name__}, expected the next state")
-    visits.close([client.id for client in talk.live])
     after: State = asked
+    record.report["step_norm"] = step = movement(only(after, *state), state)
+    if why := step_fault(step, recent_steps, limits.max_ratio):
+        raise RoundError(
+            f"round {t}: {why}. {_stands(t)}: a smaller train.lr or clients.max_ratio may help; then resume"
+        )
+    visits.close([client.id for client in talk.live])
     record.seconds = time.perf_counter() - start
     return after, record
 
 
-def _step(flow: Coroutine[Any, Any, State], answer: object) -> tuple[bool, object]:
+def _step(flow: Coroutine[Any, Any, State], answer: object, t: int) -> tuple[bool, object]:
     """(ended, what the coroutine returned or awaits)."""
     try:
         return False, flow.send(answer)
     except StopIteration as stop:
         return True, stop.value
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise RoundError(f"round {t}: the uploads could not be put together ({error}). {_stands(t)}; resume") from error
+
+
+def _stands(t: int) -> str:
+    return f"Nothing of round {t} is kept, the checkpoint of round {t - 1} stands"
 
 
 def federate(
@@ -283,16 +330,24 @@ def federate(
     *,
     start: int = 1,
     sample: Sampler = all_clients,
-    max_norm: float | None = None,
-    quorum: int = 1,
+    limits: Limits = DEFAULT,
+    recent_steps: Sequence[float] = (),
     on_round: Callable[[State, Record], None] = lambda state, record: None,
 ) -> State:
     """Rounds `start` to `rounds`; `on_round` sees the state after each. Returns the last state."""
     everybody = sorted(clients, key=lambda client: client.id)
+    steps = deque(recent_steps, maxlen=RECENT)
     for t in range(start, rounds + 1):
-        chosen = sample(everybody, t)
         state, record = one_round(
-            method, engine, state, chosen, t, federation=len(everybody), max_norm=max_norm, quorum=quorum
+            method,
+            engine,
+            state,
+            sample(everybody, t),
+            t,
+            federation=len(everybody),
+            limits=limits,
+            recent_steps=list(steps),
         )
+        steps.append(record.report["step_norm"])
         on_round(state, record)
     return state

@@ -67,9 +67,14 @@ class Mean:
                 into[site].lerp_(x, share)
 
 
+def product_square(B: Tensor, A: Tensor) -> Tensor:
+    """Squared Frobenius norm of B @ A from the Gram matrices, O((out + in) r^2); differentiable at zero too."""
+    return ((B.T @ B) * (A @ A.T)).sum().clamp_min(0)
+
+
 def product_norm(B: Tensor, A: Tensor) -> Tensor:
-    """Frobenius norm of B @ A from the Gram matrices, O((out + in) r^2)."""
-    return ((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt()
+    """Frobenius norm of B @ A."""
+    return product_square(B, A).sqrt()
 
 
 def svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:

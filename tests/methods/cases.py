@@ -190,6 +190,8 @@ class Case:
     """Six rounds of the toy lower its loss."""
     each: bool = False
     """The server reads every upload, in some round: no sum will do."""
+    at_most: bool = False
+    """The payload is a bound of what comes up: the client chooses what it sends, and nobody remembers it."""
     replaces: bool = True
     """What one client trained is the next state; a server optimiser moves towards it instead."""
     exchanges: int = 1
@@ -271,6 +273,8 @@ CASES = [
         each=True,
     ),
     Case("fedlodrop, official code over fslora", _of("fedlodrop", "fslora", mode="official_code"), MIXED, KEEPS, _SEED),
+    Case("fslora over fedlodrop", _of("fslora", "fedlodrop"), MIXED, KEEPS, kept_part(16)),
+    Case("fslora over fedadam", _of("fslora", _of("fedadam", lr=0.02)), MIXED, payload=_SEED, replaces=False),
     Case("fedlora_optimizer", _of("fedlora_optimizer"), payload=turns, each=True),
     Case(
         "fedlora_optimizer, factors, row",
@@ -348,6 +352,89 @@ CASES = [
     ),
 ]
 """Every method, each of its options at least once, and the compositions."""
+
+
+def merged(seed: int) -> Payload:
+    """The offset that the client received and a seed down; both factors at its own rank up."""
+
+    def payload(client: Client, t: int, received: State) -> tuple[int, int]:
+        offset = sum(4 * x.numel() for role in ("left", "right") for x in received.get(role, {}).values())
+        return offset + seed, factors(client, t, received)[1]
+
+    return payload
+
+
+def plus_offset(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Both factors; the offset that the client received down besides."""
+    down, up = factors(client, t, received)
+    return down + merged(0)(client, t, received)[0], up
+
+
+# Sums of products: where the tail goes.
+CASES += [
+    Case("flora", _of("flora"), MIXED, payload=merged(8), each=True),
+    Case("flora, rslora", _of("flora"), MIXED, payload=merged(8), rslora=True, each=True),
+    Case("florist", _of("florist", energy=1.0), MIXED, payload=merged(8), each=True),
+    Case("florist, continue", _of("florist", start="continue", energy=1.0), MIXED, each=True),
+    Case("fedmomentum", _of("fedmomentum"), payload=plus_offset, each=True),
+    Case("fedmomentum, less energy", _of("fedmomentum", energy=0.9), payload=plus_offset, each=True),
+    Case("eclora", _of("eclora"), MIXED, each=True),
+    Case("flexlora, error", _of("flexlora", tail="error"), MIXED, each=True),
+    Case("flexlora, server", _of("flexlora", tail="server"), MIXED, each=True),
+]
+
+
+def whole_down(client: Client, t: int, received: State) -> tuple[int, int]:
+    """All ranks of both factors and a seed down, the client's own ranks up."""
+    return 4 * RANK * (OUTS + INS) + 8, factors(client, t, received)[1]
+
+
+def chosen_ranks(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Both factors whole down; up the client's number of ranks over all layers of one of them and their indices, at most."""
+    largest = max(m if t % 2 else n for m, n in SITES.values())
+    return 4 * RANK * (OUTS + INS), client.rank * len(SITES) * 4 * (largest + 1)
+
+
+def with_magnitudes(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Both factors and a magnitude for each rank, both ways."""
+    down, up = factors(client, t, received)
+    return down + 4 * client.rank * len(SITES), up + 4 * client.rank * len(SITES)
+
+
+# Unequal ranks.
+CASES += [
+    Case(
+        "lora_a2",
+        _of("lora_a2", probe_steps=2),
+        MIXED,
+        payload=chosen_ranks,
+        one_phase=False,
+        each=True,
+        at_most=True,
+    ),
+    Case(
+        "lora_a2, head",
+        _of("lora_a2", train_head=True, lr_ratio=1.0),
+        MIXED,
+        payload=chosen_ranks,
+        one_phase=False,
+        each=True,
+        at_most=True,
+    ),
+    Case("fedrora", _of("fedrora", lr_ratio=5.0), MIXED, payload=with_magnitudes, each=True),
+    Case(
+        "fedrora, head, signed",
+        _of("fedrora", train_head=True, top="signed", lr_ratio=5.0),
+        MIXED,
+        payload=with_magnitudes,
+        each=True,
+    ),
+    Case("zero_padding", _of("zero_padding"), MIXED),
+    Case("replication_padding", _of("replication_padding"), MIXED),
+    Case("raflora", _of("raflora"), MIXED, each=True),
+    Case("raflora, rslora", _of("raflora"), MIXED, rslora=True, each=True),
+    Case("fed_plora", _of("fed_plora"), MIXED, payload=whole_down),
+]
 
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {name: (_of(name), {}) for name in names()} | {
     "hetlora": (_of("hetlora"), {"ranks": [1, 2, 4]}),
@@ -632,3 +719,61 @@ def ideal(sent: Sequence[Sent], scale: Callable[[Client], float]) -> Group:
             term = client.examples / total * scale(client) * state["B"][site] @ A
             out[site] = out.get(site, torch.zeros(())) + term
     return out
+
+
+# wrappers over any method
+
+
+def with_tau(client: Client, t: int, received: State) -> tuple[int, int]:
+    """The factors, and up the sum of the learning rates."""
+    return plus_up(factors, 4)(client, t, received)
+
+
+def plus_up(inner: Payload, more: int) -> Payload:
+    """A number or two, up alone."""
+    return lambda client, t, received: (inner(client, t, received)[0], inner(client, t, received)[1] + more)
+
+
+def quantised(bits: int) -> Payload:
+    """Down as ever; up `bits` a number and 4 bytes a tensor, of the head too."""
+
+    def payload(client: Client, t: int, received: State) -> tuple[int, int]:
+        down, _ = factors(client, t, received)
+        sizes = [x.numel() for role in ("A", "B", "head") for x in received[role].values()]
+        return down, sum((n * bits + 7) // 8 + 4 for n in sizes) - HEAD_BYTES
+
+    return payload
+
+
+CASES += [
+    Case("fedprox, product", _of("fedprox", mu=0.5, of="product")),
+    Case("fedprox, product over fslora", _of("fedprox", "fslora", mu=0.5, of="product"), MIXED, payload=_SEED),
+    Case("fedprox, product over feddpa", _of("fedprox", "feddpa", mu=0.5, of="product"), one_phase=False),
+    Case("fednova", _of("fednova"), payload=with_tau, replaces=False),
+    Case("fednova over fslora", _of("fednova", "fslora"), MIXED, payload=plus_up(_SEED, 4), replaces=False),
+    Case("fedadam over fednova", _of("fedadam", "fednova", lr=0.02), payload=with_tau, replaces=False),
+    Case("clip", _of("clip", norm=0.3), replaces=False),
+    Case("clip over ffa_lora", _of("clip", "ffa_lora", norm=0.3), MIXED, payload=one_factor(OUTS, 8), replaces=False),
+    Case("scaffold over clip", _of("scaffold", "clip"), payload=controlled),
+    Case("quantise", _of("quantise"), payload=quantised(8), each=True, replaces=False),
+    Case(
+        "quantise, 4 bits, stochastic",
+        _of("quantise", bits=4, rounding="stochastic"),
+        payload=quantised(4),
+        each=True,
+        replaces=False,
+    ),
+    Case(
+        "quantise over fedex_lora",
+        _of("quantise", "fedex_lora"),
+        payload=with_offset(quantised(8)),
+        each=True,
+        replaces=False,
+    ),
+    Case("median", _of("median"), each=True),
+    Case("median over ffa_lora", _of("median", "ffa_lora"), MIXED, payload=one_factor(OUTS, 8), each=True),
+    Case("trimmed_mean", _of("trimmed_mean", trim=0.3), each=True),
+    Case("multi_krum", _of("multi_krum"), each=True),
+    Case("norm_filter", _of("norm_filter"), each=True),
+    Case("scaffold over median", _of("scaffold", "median"), payload=controlled, each=True),
+]

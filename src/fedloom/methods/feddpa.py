@@ -33,6 +33,7 @@ class FedDPA(LoRA):
 
     name: ClassVar[str] = "feddpa"
     paper: ClassVar[str] = "Yang et al., Dual-Personalizing Adapter for Federated Foundation Models, arXiv 2403.19211"
+    group: ClassVar[str] = "personal"
     personal_models = True
 
     async def server(self, state: State, round: Round) -> State:

@@ -94,10 +94,15 @@ class ClientsSection(_Section):
     """Cycled over the clients, or the file of an allocation."""
     max_norm: float | None = Field(None, gt=0)
     """Drop an upload whose norm is larger."""
+    max_ratio: float | None = Field(10.0, gt=1)
+    """Drop an upload that moves the model so many times as far as the median client's; 0 in the file stands for no bound."""
 
     @model_validator(mode="before")
     @classmethod
-    def _default_count(cls, values: Any) -> Any:
+    def _defaults(cls, values: Any) -> Any:
+        # TOML has no null: 0 says that there is no bound.
+        if isinstance(values, dict) and values.get("max_ratio") == 0:
+            values = {**values, "max_ratio": None}
         # by-field alone takes the number of clients from the data.
         if isinstance(values, dict) and values.get("partition") != "by-field":
             return {"count": 4} | values
@@ -187,6 +192,13 @@ class NetworkSection(_Section):
     """Who sends on which part of the band; by default clients.keep if that names a file, else it is planned anew."""
 
 
+class RunSection(_Section):
+    """[run]"""
+
+    keep_checkpoints: int = Field(2, ge=1)
+    """So many of the last rounds can be gone back to: `fedloom resume RUN --round N`."""
+
+
 class RunConfig(_Section):
     """A whole run: the keys of a run file, with their defaults."""
 
@@ -198,6 +210,7 @@ class RunConfig(_Section):
     method: MethodSection
     train: TrainSection = TrainSection()
     engine: EngineSection = EngineSection()
+    run: RunSection = RunSection()
     network: NetworkSection | None = None
 
     def to_toml(self) -> str:
@@ -205,6 +218,8 @@ class RunConfig(_Section):
         values = self.model_dump(exclude_none=True)
         if self.train.clip is None:
             values["train"]["clip"] = 0.0
+        if self.clients.max_ratio is None:
+            values["clients"]["max_ratio"] = 0.0
         return tomli_w.dumps(values)
 
 

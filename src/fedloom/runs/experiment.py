@@ -17,6 +17,7 @@ from fedloom.core import Method, Visit, Work
 from fedloom.data import load, partition
 from fedloom.data.tokenize import Encoded, encode_causal, encode_labelled
 from fedloom.errors import ConfigError
+from fedloom.flows import rehearse
 from fedloom.models import huggingface, peft
 from fedloom.rng import generator
 from fedloom.runs.config import RunConfig
@@ -105,6 +106,18 @@ class Experiment:
         """The server's model, as work that trains nothing: what a client that keeps nothing uses."""
         asking = Client("server", 0, self.method.rank)
         return self.method.model(self.method.serve(state, asking), self.head, Visit(0, asking, self.sites))
+
+    @cached_property
+    def parameters(self) -> tuple[int, int]:
+        """Of the adapter, without a head: (trained, sent) by a client with whole budgets in the first round."""
+        seen = rehearse(self.method, Client("any", 1, self.method.rank), 1, self.sites)
+        if seen is None:
+            return 0, 0
+
+        def count(state: State) -> int:
+            return sum(x.numel() for role, group in state.items() if role != "head" for x in group.values())
+
+        return count({} if seen.work is None else seen.work.train), count(seen.sent)
 
     def rows_of(self, client: str) -> Encoded:
         """The training rows of one client; the proxy rows of the server."""

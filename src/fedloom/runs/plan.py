@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fedloom import methods
-from fedloom.checkpoint import disk_errors
 from fedloom.client import BUDGETS, Client
 from fedloom.core import Method
+from fedloom.disk import disk_errors
 from fedloom.errors import ConfigError
 from fedloom.runs.config import RunConfig
 

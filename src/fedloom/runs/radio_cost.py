@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedloom.errors import ConfigError
 from fedloom.loop import Record
-from fedloom.runs.experiment import Experiment
+from fedloom.runs.config import RunConfig
 
 if TYPE_CHECKING:  # the planner is optional
     from fedloom.wireless.replay import Network, NetworkRound
 
 
-def plan(e: Experiment) -> Network:
+def plan(config: RunConfig, ids: Sequence[str]) -> Network:
     """The network of a run's [network] section, by client. Raises ConfigError if it has not a device for each client."""
     try:
         from fedloom.wireless import Allocation, Network, allocate, read_fleet
     except ImportError as error:
         raise ConfigError(f"[network] needs the planner ({error}): pip install 'fedloom[wireless]'") from None
-    section = e.config.network
+    section, keep = config.network, config.clients.keep
     assert section is not None
     problem = read_fleet(Path(section.fleet)).problem()
-    keep = e.config.clients.keep
     source = section.allocation or (keep if isinstance(keep, str) else None)
     allocation = allocate(problem, "psca") if source is None else Allocation.from_json(Path(source))
-    return Network.of(problem, allocation, ids=[client.id for client in e.clients])
+    return Network.of(problem, allocation, ids=ids)
 
 
 def cost(network: Network, record: Record) -> NetworkRound:

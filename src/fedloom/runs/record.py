@@ -42,6 +42,7 @@ def line(
         "stage": record.stage,
         "clients": record.clients,
         "dropped": record.dropped,
+        "suspicious": record.suspicious,
         "train_loss": record.train_loss,
     }
     if scores is not None:

@@ -27,22 +27,19 @@ _HALVINGS = 60  # of the band, for b_k(x)
 _COARSE, _FINE = 48, 49  # grid points over the box and around each minimiser
 _REACH = 4.0  # old spacings on either side that a finer grid covers: beyond them the coarse bound is no longer lower
 _ZOOMS = 5  # grids
-_Q_RESOLUTION = (
-    0.2  # spacings: the tangent point q0 need not be known better than the rates on the grid, which make up q
-)
-_Q_WIDENING = (
-    3.0  # spacings: a coarse grid's rates, and so its q, are off by one or two, so the next bracket starts wider
-)
-_PRICE_PRECISION = 1e-2  # spacings, relative: an error in the price moves the dual value by its square alone
-_PRICE_STEP = (
-    100.0  # precisions: about how far the price has moved since the last, coarser grid, which is the first guess
-)
-_LARGEST_STEP = 0.5  # relative; a price stays above 0
-_LEAST_GUESS = 1e-3  # of one over the band: a price of 0 could not be multiplied up
-_DEAREST = 1e15  # for the whole band, where Phi is of order 1: no price makes the box fit
+# In spacings of the grid. The tangent point q0 need not be known better than the rates that make up q. A coarse grid's
+# rates, and so its q, are off by one or two spacings: the next bracket of q starts that much wider and a little more.
+_Q_RESOLUTION, _Q_WIDENING = 0.2, 3.0
+# In spacings, relative: an error in the price moves the dual value by its square alone.
+_PRICE_PRECISION = 1e-2
+# In precisions, relative: about how far the price moves from the last grid's, which is the first guess; a price stays above 0.
+_PRICE_STEP, _LARGEST_STEP = 100.0, 0.5
+# In one over the band, which is what Phi, of order 1, would pay for all of it. A price of 0 could not be multiplied up, and
+# where the dearest is not enough the box does not fit in the band.
+_LEAST_GUESS, _DEAREST = 1e-3, 1e15
 _SMOOTH = 1e-9  # difference of keep rates, or relative one of Phi, that counts as none
-_MARGIN = 0.05  # of a range: no split is nearer to its ends, or the children hardly shrink
-_CLOSED = 1e-7  # relative optimality gap that counts as proven
+_MARGIN = 0.05  # of a range: no split is nearer to its ends, or one child would hardly shrink
+_CLOSED = 1e-7  # optimality gap that counts as proven
 
 
 @dataclass(frozen=True)
