@@ -7,6 +7,7 @@ from fedloom.describe import Description, Field, describe
 from fedloom.errors import ConfigError
 from fedloom.loop import one_round
 from fedloom.methods import get, names
+
 from .methods.cases import CASES, EXAMPLES, engine, start
 
 
@@ -59,7 +60,16 @@ def test_fields_have_their_defaults_choices_bounds_and_words() -> None:
 
 
 def test_what_an_option_does_is_said_for_every_field_of_the_wrappers() -> None:
-    for name in ("fedprox", "clip", "quantise", "trimmed_mean", "multi_krum", "norm_filter", "fedadam", "fedavgm"):
+    for name in (
+        "fedprox",
+        "clip_updates",
+        "quantise",
+        "trimmed_mean",
+        "multi_krum",
+        "norm_filter",
+        "fedadam",
+        "fedavgm",
+    ):
         assert all(f.meaning for f in describe(name).fields if f.name != "over"), name
 
 

@@ -212,6 +212,11 @@ class Method(ABC):
         return False
 
     @property
+    def serves_personal_models(self) -> bool:
+        """What makes a client's model its own comes from `serve`: a client that keeps nothing has one too."""
+        return False
+
+    @property
     def personal_phase(self) -> bool:
         """`personal` trains something after the last round."""
         return False

@@ -117,6 +117,10 @@ class Over(Method):
         return self.over.personal_models
 
     @property
+    def serves_personal_models(self) -> bool:
+        return self.over.serves_personal_models
+
+    @property
     def personal_phase(self) -> bool:
         return self.over.personal_phase
 

@@ -323,3 +323,26 @@ def test_any_json_is_a_client_or_refused(value: Any) -> None:
         assert str(error).isprintable()
     else:
         assert answers.is_client_id(client.id)
+
+
+@fuzz
+@given(
+    json_values,
+    st.sampled_from(["do", "session", "number", "t", "exchange", "clients", "setup"]),
+    st.binary(max_size=30),
+)
+def test_a_worker_answers_any_header_with_a_message(tmp_path: Path, value: Any, name: str, blob: bytes) -> None:
+    worker = sites(METHOD, CLIENTS, tmp_path)[LIAR]
+    head = {
+        "do": "exchange",
+        "session": "s",
+        "number": 1,
+        "t": 1,
+        "exchange": 1,
+        "clients": ["a"],
+        "setup": {"form": "raw"},
+    }
+    for data in (raw(json.dumps(head | {name: value}).encode(), [blob]), raw(json.dumps(value).encode(), [blob]), blob):
+        said, _ = unpack(worker.answer(data))
+        assert fit_to_print(said.get("refused", ""))
+    assert "results" in unpack(worker.answer(pack(head | {"session": "new"}, [codec.encode(start(METHOD))])))[0]

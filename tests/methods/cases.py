@@ -157,6 +157,18 @@ def sketched(more: int) -> Payload:
     return payload
 
 
+def summed(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Sums of factors down and changes up, each with a count of clients; a seed down."""
+    n = factors(client, t, received)[0] + 4
+    return n + 8, n
+
+
+def placed(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Both factors; down how often to train, if the client is new."""
+    down, up = factors(client, t, received)
+    return down + 8 * ("new" in received), up
+
+
 @dataclass(frozen=True)
 class Case:
     """A method's table, the clients' budgets where they are not full, and what tests must know of it."""
@@ -178,8 +190,16 @@ class Case:
     """Six rounds of the toy lower its loss."""
     each: bool = False
     """The server reads every upload, in some round: no sum will do."""
+    at_most: bool = False
+    """The payload is a bound of what comes up: the client chooses what it sends, and nobody remembers it."""
     replaces: bool = True
     """What one client trained is the next state; a server optimiser moves towards it instead."""
+    exchanges: int = 1
+    """Of the first round."""
+    adds: bool = False
+    """The server adds up what clients change: three uploads count for more than one."""
+    integers: bool = False
+    """Uploads hold indices: no sum will do."""
 
     def lora(self) -> dict[str, Any]:
         """[lora]. Alpha is not the rank, so that a forgotten scale shows."""
@@ -253,7 +273,7 @@ CASES = [
         each=True,
     ),
     Case("fedlodrop, official code over fslora", _of("fedlodrop", "fslora", mode="official_code"), MIXED, KEEPS, _SEED),
-    Case("fslora over fedlodrop", _of("fslora", "fedlodrop"), MIXED, KEEPS, kept_part(16)),
+    Case("fslora over fedlodrop", _of("fslora", _of("fedlodrop", law="exact")), MIXED, KEEPS, kept_part(16)),
     Case("fslora over fedadam", _of("fslora", _of("fedadam", lr=0.02)), MIXED, payload=_SEED, replaces=False),
     Case("fedlora_optimizer", _of("fedlora_optimizer"), payload=turns, each=True),
     Case(
@@ -303,15 +323,118 @@ CASES = [
     Case("fedsvd", _of("fedsvd"), payload=turned),
     Case("fedsvd, orthonormal, every second round", _of("fedsvd", a_init="orthonormal", every=2), payload=turned),
     # small cores
-    Case("fed_sb", _of("fed_sb"), payload=cores),
+    Case("fed_sb", _of("fed_sb"), payload=cores, one_phase=False, exchanges=2),
     Case("fed_sb, seed", _of("fed_sb", start="seed"), payload=seeded_cores),
-    Case("ravan", _of("ravan"), MIXED, payload=heads(4)),
-    Case("ravan, random", _of("ravan", choose="random", bases="normal", heads=2), MIXED, payload=heads(2)),
-    Case("ravan, gradient", _of("ravan", choose="gradient"), MIXED, payload=heads(4), one_phase=False),
-    Case("fedask", _of("fedask"), payload=sketched(0)),
-    Case("fedask, B alone, oversampled", _of("fedask", train="B", oversample=1), payload=sketched(1)),
+    Case("ravan", _of("ravan", heads=2), MIXED, payload=heads(2), integers=True),
+    Case(
+        "ravan, random", _of("ravan", choose="random", bases="normal", heads=2), MIXED, payload=heads(2), integers=True
+    ),
+    Case("ravan, gradient", _of("ravan", choose="gradient"), MIXED, payload=heads(4), one_phase=False, integers=True),
+    Case("fedask", _of("fedask"), payload=sketched(0), exchanges=2),
+    Case("fedask, B alone, oversampled", _of("fedask", train="B", oversample=1), payload=sketched(1), exchanges=2),
+    # personal models
+    Case("feddpa_f", _of("feddpa_f", mix=0.3)),
+    Case("fedalt", _of("fedalt"), payload=summed, head=False, adds=True),
+    Case("fedalt, fixed", _of("fedalt", mixer="fixed", mix=0.6), payload=summed, head=False, adds=True),
+    Case(
+        "pf2lora_first_order",
+        _of("pf2lora_first_order", own_rank=1, own_lr=20.0),
+        payload=plus_down(factors, 8),
+        one_phase=False,
+    ),
+    Case(
+        "fedlease_clusters",
+        _of("fedlease_clusters", warmup=2, most=3),
+        payload=placed,
+        head=False,
+        one_phase=False,
+        each=True,
+    ),
 ]
 """Every method, each of its options at least once, and the compositions."""
+
+
+def merged(seed: int) -> Payload:
+    """The offset that the client received and a seed down; both factors at its own rank up."""
+
+    def payload(client: Client, t: int, received: State) -> tuple[int, int]:
+        offset = sum(4 * x.numel() for role in ("left", "right") for x in received.get(role, {}).values())
+        return offset + seed, factors(client, t, received)[1]
+
+    return payload
+
+
+def plus_offset(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Both factors; the offset that the client received down besides."""
+    down, up = factors(client, t, received)
+    return down + merged(0)(client, t, received)[0], up
+
+
+# Sums of products: where the tail goes.
+CASES += [
+    Case("flora", _of("flora"), MIXED, payload=merged(8), each=True),
+    Case("flora, rslora", _of("flora"), MIXED, payload=merged(8), rslora=True, each=True),
+    Case("florist", _of("florist", energy=1.0), MIXED, payload=merged(8), each=True),
+    Case("florist, continue", _of("florist", start="continue", energy=1.0), MIXED, each=True),
+    Case("fedmomentum", _of("fedmomentum"), payload=plus_offset, each=True),
+    Case("fedmomentum, less energy", _of("fedmomentum", energy=0.9), payload=plus_offset, each=True),
+    Case("eclora", _of("eclora"), MIXED, each=True),
+    Case("flexlora, error", _of("flexlora", tail="error"), MIXED, each=True),
+    Case("flexlora, server", _of("flexlora", tail="server"), MIXED, each=True),
+]
+
+
+def whole_down(client: Client, t: int, received: State) -> tuple[int, int]:
+    """All ranks of both factors and a seed down, the client's own ranks up."""
+    return 4 * RANK * (OUTS + INS) + 8, factors(client, t, received)[1]
+
+
+def chosen_ranks(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Both factors whole down; up the client's number of ranks over all layers of one of them and their indices, at most."""
+    largest = max(m if t % 2 else n for m, n in SITES.values())
+    return 4 * RANK * (OUTS + INS), client.rank * len(SITES) * 4 * (largest + 1)
+
+
+def with_magnitudes(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Both factors and a magnitude for each rank, both ways."""
+    down, up = factors(client, t, received)
+    return down + 4 * client.rank * len(SITES), up + 4 * client.rank * len(SITES)
+
+
+# Unequal ranks.
+CASES += [
+    Case(
+        "lora_a2",
+        _of("lora_a2", probe_steps=2),
+        MIXED,
+        payload=chosen_ranks,
+        one_phase=False,
+        each=True,
+        at_most=True,
+    ),
+    Case(
+        "lora_a2, head",
+        _of("lora_a2", train_head=True, lr_ratio=1.0),
+        MIXED,
+        payload=chosen_ranks,
+        one_phase=False,
+        each=True,
+        at_most=True,
+    ),
+    Case("fedrora", _of("fedrora", lr_ratio=5.0), MIXED, payload=with_magnitudes, each=True),
+    Case(
+        "fedrora, head, signed",
+        _of("fedrora", train_head=True, top="signed", lr_ratio=5.0),
+        MIXED,
+        payload=with_magnitudes,
+        each=True,
+    ),
+    Case("zero_padding", _of("zero_padding"), MIXED),
+    Case("replication_padding", _of("replication_padding"), MIXED),
+    Case("raflora", _of("raflora"), MIXED, each=True),
+    Case("raflora, rslora", _of("raflora"), MIXED, rslora=True, each=True),
+    Case("fed_plora", _of("fed_plora"), MIXED, payload=whole_down),
+]
 
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {name: (_of(name), {}) for name in names()} | {
     "hetlora": (_of("hetlora"), {"ranks": [1, 2, 4]}),
@@ -370,15 +493,24 @@ def frozen() -> Group:
 
 
 def update(work: Work, train: State | None = None) -> Group:
-    """What a work adds to each frozen weight, dense: offset + scale * B @ A."""
+    """What a work adds to each frozen weight, dense: offset + scale * B @ A; where a gate is, at an input of zero."""
     made = work.adapter(work.train if train is None else train, work.fixed)
-    assert made.gate is None, "the toy has no gates"
+    if made.gate is not None:
+        made = made._replace(B={site: B / len(made.gate[site]) for site, B in made.B.items()})
     dtype = max((x.dtype for x in (*made.A.values(), *made.B.values())), key=lambda kind: kind.itemsize)
     delta = {site: work.scale * (made.B[site].to(dtype) @ A.to(dtype)) for site, A in made.A.items()}
     for site, left in work.base.get("left", {}).items():
         right = work.base.get("right", {}).get(site)
         delta[site] = delta[site] + (left if right is None else left @ right)
     return delta
+
+
+def gated(work: Work, train: State, site: str, x: Tensor) -> Tensor:
+    """scale * B diag(softmax(gate x)) A x for rows x."""
+    A, B, gate = work.adapter(train, work.fixed)
+    assert gate is not None and not work.base
+    weights = (x @ gate[site].T).softmax(-1).repeat_interleave(len(A[site]) // len(gate[site]), -1)
+    return work.scale * (x @ A[site].T * weights) @ B[site].T
 
 
 @dataclass
@@ -399,10 +531,10 @@ class ToyTrainer:
     def loss(self, work: Work, train: State, data: Rows) -> Tensor:
         """Mean squared error of the toy model that `work` describes with `train` in place of its own leaves."""
         delta = update(work, train)
-        dtype = next(iter(delta.values())).dtype
+        dtype, gate = next(iter(delta.values())).dtype, work.adapter(train, work.fixed).gate
         x, y = (torch.from_numpy(part).to(dtype) for part in data)
         for site, W in frozen().items():
-            x = torch.tanh(x @ (W.to(dtype) + delta[site]).T)
+            x = torch.tanh(x @ W.to(dtype).T + (x @ delta[site].T if gate is None else gated(work, train, site, x)))
         head = train.get("head") or work.fixed.get("head") or first_head()
         error: Tensor = (x @ head["head.weight"].to(dtype).T + head["head.bias"].to(dtype) - y).square().mean()
         return error
@@ -620,9 +752,15 @@ CASES += [
     Case("fednova", _of("fednova"), payload=with_tau, replaces=False),
     Case("fednova over fslora", _of("fednova", "fslora"), MIXED, payload=plus_up(_SEED, 4), replaces=False),
     Case("fedadam over fednova", _of("fedadam", "fednova", lr=0.02), payload=with_tau, replaces=False),
-    Case("clip", _of("clip", norm=0.3), replaces=False),
-    Case("clip over ffa_lora", _of("clip", "ffa_lora", norm=0.3), MIXED, payload=one_factor(OUTS, 8), replaces=False),
-    Case("scaffold over clip", _of("scaffold", "clip"), payload=controlled),
+    Case("clip_updates", _of("clip_updates", norm=0.3), replaces=False),
+    Case(
+        "clip_updates over ffa_lora",
+        _of("clip_updates", "ffa_lora", norm=0.3),
+        MIXED,
+        payload=one_factor(OUTS, 8),
+        replaces=False,
+    ),
+    Case("scaffold over clip_updates", _of("scaffold", "clip_updates"), payload=controlled),
     Case("quantise", _of("quantise"), payload=quantised(8), each=True, replaces=False),
     Case(
         "quantise, 4 bits, stochastic",

@@ -22,7 +22,7 @@ def moved(work: Work) -> State:
 
 @pytest.mark.parametrize("norm, A, B", [(2.5, 2.5, 2.0), (1.0, 1.6, 0.8), (5.0, 4.0, 4.0), (9.0, 4.0, 4.0)])
 def test_clip_by_hand(norm: float, A: float, B: float) -> None:
-    method = build({"name": "clip", "norm": norm}, {"rank": 1})
+    method = build({"name": "clip_updates", "norm": norm}, {"rank": 1})
     sent, kept = visited(method, FIRST, Client("a", 1, 1), moved)
     torch.testing.assert_close(sent["A"]["s"], torch.tensor([[A, 2.0]]), rtol=1e-6, atol=0)
     torch.testing.assert_close(sent["B"]["s"], torch.tensor([[1.0], [B], [2.0]]), rtol=1e-6, atol=0)
@@ -30,7 +30,7 @@ def test_clip_by_hand(norm: float, A: float, B: float) -> None:
 
 
 def test_what_stays_with_the_client_is_not_clipped() -> None:
-    method = build({"name": "clip", "norm": 0.1, "over": {"name": "fedsa_lora"}}, {"rank": 1})
+    method = build({"name": "clip_updates", "norm": 0.1, "over": {"name": "fedsa_lora"}}, {"rank": 1})
     A, B = ({site: torch.ones(shape) for site, shape in sizes.items()} for sizes in ({"s": (1, 2)}, {"s": (3, 1)}))
     flow = method.client({"A": A}, {"B": B}, Visit(1, Client("a", 1, 1), {"s": (3, 2)}))
     work = flow.send(None)
@@ -48,7 +48,7 @@ def test_a_norm_that_nobody_reaches_changes_no_byte_and_a_small_one_bounds_the_r
     first = start(plain)
     want = federate(plain, engine(), first, clients, 2)
     for norm in (1e3, 0.05):
-        method = build({"name": "clip", "norm": norm}, {"rank": RANK})
+        method = build({"name": "clip_updates", "norm": norm}, {"rank": RANK})
         got = federate(method, engine(), first, clients, 2)
         if norm == 1e3:
             assert flat(got) == flat(want)
@@ -67,4 +67,4 @@ def test_a_norm_that_nobody_reaches_changes_no_byte_and_a_small_one_bounds_the_r
 )
 def test_methods_it_cannot_go_over_are_refused(over: str, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
-        build({"name": "clip", "over": {"name": over}}, {"rank": 4})
+        build({"name": "clip_updates", "over": {"name": over}}, {"rank": 4})

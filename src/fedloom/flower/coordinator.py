@@ -189,7 +189,7 @@ class Coordinator:
         if one.asked.do == "hello":
             return self._register(one)
         what = f"never came: {one.reason}" if isinstance(one, Refused) else "came late and was not used"
-        return self.note(f"the answer of {one.asked} to round {one.asked.t} {what}")
+        return self.note(f"the answer of {printable(one.asked, 80)} to round {one.asked.t} {what}")
 
     # what an engine does
 
@@ -215,7 +215,7 @@ class Coordinator:
                 else:
                     found |= answers.scores(one, self._metrics)
             except Exception as error:
-                self.note(f"{getattr(one, 'asked', one)} not evaluated: {printable(error)}")
+                self.note(f"{printable(getattr(one, 'asked', one), 80)} not evaluated: {printable(error)}")
         return dict(sorted(found.items()))
 
     def export(self, method: Method, jobs: Iterable[Job], t: int) -> None:

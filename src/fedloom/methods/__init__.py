@@ -25,7 +25,7 @@ _KNOWN = {
     "fedprox": "fedprox:FedProx",
     "scaffold": "scaffold:Scaffold",
     "fednova": "fednova:FedNova",
-    "clip": "clip:Clip",
+    "clip_updates": "clip:Clip",
     "quantise": "quantise:Quantise",
     "median": "robust:Median",
     "trimmed_mean": "robust:TrimmedMean",
@@ -44,6 +44,20 @@ _KNOWN = {
     "fed_sb": "fed_sb:FedSB",
     "ravan": "ravan:Ravan",
     "fedask": "fedask:FedASK",
+    "flora": "flora:FLoRA",
+    "florist": "florist:FLoRIST",
+    "fedmomentum": "fedmomentum:FedMomentum",
+    "eclora": "flexlora:ECLoRA",
+    "zero_padding": "zero_padding:ZeroPadding",
+    "replication_padding": "zero_padding:ReplicationPadding",
+    "raflora": "raflora:RaFLoRA",
+    "fed_plora": "fed_plora:FedPLoRA",
+    "lora_a2": "lora_a2:LoRAA2",
+    "fedrora": "fedrora:FedRoRA",
+    "feddpa_f": "feddpa:FedDPAF",
+    "fedalt": "fedalt:FedALT",
+    "pf2lora_first_order": "pf2lora:PF2LoRAFirstOrder",
+    "fedlease_clusters": "fedlease_clusters:FedLEASEClusters",
 }
 
 
@@ -120,7 +134,8 @@ def build(table: Mapping[str, Any], lora: Mapping[str, Any] | None = None, where
         return cls(**values)
     except ConfigError as error:
         # A wrapper knows of the method under it, and not how deep it stands itself.
-        raise ConfigError(f"[{where}] {error}".replace("[method.over]", f"[{where}.over]")) from error
+        said = str(error).replace("[method.over]", f"[{where}.over]")
+        raise ConfigError(f"[{where}] {said}") from error
 
 
 def _table(over: object, where: str) -> Mapping[str, Any]:

@@ -24,7 +24,7 @@ class Clip(Over):
     norm: Annotated[float, Gt(0)] = 1.0
     """C, the longest Euclidean norm of a change: about the median norm of an honest client's."""
 
-    name: ClassVar[str] = "clip"
+    name: ClassVar[str] = "clip_updates"
     paper: ClassVar[str] = "McMahan et al., Differentially Private Recurrent Language Models, arXiv 1710.06963"
     group: ClassVar[str] = "uploads"
 

@@ -2,8 +2,8 @@
 
 Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020, arXiv 1910.06378,
 algorithm 1 with option II: every local gradient gets c - c_k, then c_k <- c_k - c + (x - y_k) / (sum of learning rates), and
-the server adds (1/N) sum of the changes of c_k to c. Clients count alike, as in the paper. With another local optimiser than
-SGD the same correction enters its gradient, and (x - y_k) / (sum of learning rates) is no longer a mean gradient (reading).
+the server adds (1/N) sum of the changes of c_k to c. Clients count alike, as in the paper. With another local optimiser
+than SGD the same correction enters its gradient, and (x - y_k) / (sum of learning rates) is no mean gradient (reading).
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class RunDirectory:
                 f"{self.manifest_file} cannot be read ({type(error).__name__}): the run did not start, or the file is damaged; "
                 f"without it nobody knows what the run was made from: restore it from a copy, or start the run again"
             ) from None
-        if not isinstance(value, dict) or not isinstance(value.get("hashes", {}), dict):
+        if not isinstance(value, dict) or not isinstance(value.get("hashes"), dict):
             raise RunError(f"{self.manifest_file} is damaged: restore it from a copy, or start the run again")
         return value
 
