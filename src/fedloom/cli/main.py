@@ -208,10 +208,10 @@ def call(args: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except FedloomError as error:
-        err.print(f"error: {error}", markup=False, soft_wrap=True)
+        err.print(f"error: {error}", soft_wrap=True)
         return error.exit_code
     except ClickException as error:
-        err.print(f"error: {error.format_message()} (fedloom --help)", markup=False, soft_wrap=True)
+        err.print(f"error: {error.format_message()} (fedloom --help)", soft_wrap=True)
         return 2
 
 

@@ -62,6 +62,10 @@ class Rows:
     def proxy(self) -> Encoded | None:
         return None if self.tables.proxy is None else self._encode(self.tables.proxy)
 
+    def encode(self) -> None:
+        """Make all of them now. Raises DataError for a row that cannot be tokenised, or whose label is unknown."""
+        _ = self.train, self.eval, self.proxy
+
 
 @dataclass(frozen=True)
 class Experiment:

@@ -63,6 +63,7 @@ def tables(config: RunConfig) -> Tables:
         proxy = read(task.proxy_data)
         load.require(proxy, columns)
     names = task.metrics or metrics.default_metrics(task.kind, task.data)
+    metrics.check(names, task.kind, len(labels) if labels else None)
     return Tables(train, held_out, proxy, text, labels, names)
 
 
