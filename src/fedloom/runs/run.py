@@ -260,6 +260,7 @@ class _Run:
                 "labels": e.tables.labels,
                 "targets": e.targets,
                 "clients": {client.id: _without_id(client.to_dict()) for client in e.clients},
+                "rows": {"train": len(e.tables.train), "eval": len(e.tables.eval)},
                 "cohort": e.cohort,
                 "environment": {
                     "device": str(e.device),
