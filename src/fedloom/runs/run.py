@@ -218,7 +218,7 @@ class _Run:
         """Of the server's model, or the mean over the clients' own models where there is no common one."""
         self.observer.doing("evaluating")
         if self.e.method.personal_models:
-            return self._client_scores(state, t)
+            return self._client_scores(state, t, one_by_one=t == self.rounds)
         start = time.perf_counter()
         values = evaluate.score(self.e, self.e.global_model(state))
         return Scores(values, "server", seconds=time.perf_counter() - start)

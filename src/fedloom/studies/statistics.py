@@ -44,6 +44,7 @@ class Difference:
     """Two-sided, of the paired t test."""
     wins: int
     """Draws in which the first is better."""
+    ties: int
     improvement: float
     """Probability that the first on one draw is better than the second on one draw, ties counted half."""
     draws_needed: int | None
@@ -100,6 +101,7 @@ def difference(first: tuple[str, Values], second: tuple[str, Values], higher_is_
         gain,
         _p_value(gain),
         int((d > 0).sum()),
+        int((d == 0).sum()),
         probability_of_improvement(x, y),
         draws_needed(gain),
     )
