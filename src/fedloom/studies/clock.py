@@ -32,10 +32,11 @@ class Clock:
     def words(self, labels: Sequence[str]) -> str:
         """The time left, as far as it is known."""
         found = self.left(labels)
+        cells = "1 cell" if len(labels) == 1 else f"{len(labels)} cells"
         if found is None:
-            return f"{len(labels)} cells to go, no estimate before the first has ended"
+            return f"{cells} to go, no estimate before the first has ended"
         low, high = (duration(x) for x in found)
-        return f"{len(labels)} cells to go, about " + (low if low == high else f"{low} to {high}")
+        return f"{cells} to go, about " + (low if low == high else f"{low} to {high}")
 
 
 def duration(seconds: float) -> str:

@@ -50,7 +50,7 @@ def _leader(s: Summary, best: Line) -> str:
             f"ahead of {closest.second} by {number(closest.gain.mean)}, {_bounds(closest.gain)}."
         )
     needed = [pair.draws_needed for label in unclear if (pair := rivals[label]) and pair.draws_needed]
-    text = f"No winner can be named: {best.label} and {_and(unclear)} cannot be told apart with {n} draws"
+    text = f"No winner can be named: {_and([best.label, *unclear])} cannot be told apart with {n} draws"
     text += f" (a gap like the one seen needs about {max(needed)})." if needed else "."
     return text + (f" {best.label} is better than {_and(beaten)}." if beaten else "")
 
