@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from click import ClickException
 
-from fedloom.cli import flower
+from fedloom.cli import flower, studies
 from fedloom.cli.show import err, finished, out, resumable, say
 from fedloom.errors import ConfigError, FedloomError
 
@@ -195,6 +195,8 @@ def verify(path: RunPath) -> None:
         raise typer.Exit(1)
 
 
+app.command()(studies.compare)
+app.command()(studies.report)
 app.command()(flower.serve)
 app.command()(flower.node)
 

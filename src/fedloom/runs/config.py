@@ -92,6 +92,8 @@ class ClientsSection(_Section):
     """The column that a by-field partition follows."""
     classes_per_client: int = Field(2, ge=1)
     """Of a pathological partition."""
+    split_seed: int | None = Field(None, ge=0)
+    """Of hold-out, limits and partition; by default the run's seed, which start, sampling and batches follow."""
     ranks: int | list[int] | None = None
     """Cycled over the clients; by default lora.rank."""
     keep: Share | list[Share] | str = 1.0
@@ -216,6 +218,11 @@ class RunConfig(_Section):
     engine: EngineSection = EngineSection()
     run: RunSection = RunSection()
     network: NetworkSection | None = None
+
+    @property
+    def split_seed(self) -> int:
+        """Seed of hold-out, limits and partition: who has which rows."""
+        return self.seed if self.clients.split_seed is None else self.clients.split_seed
 
     def to_toml(self) -> str:
         """The resolved configuration as a run file."""

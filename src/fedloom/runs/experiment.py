@@ -230,7 +230,7 @@ def _partition(config: RunConfig, table: Tables) -> dict[str, list[int]]:
         table.train,
         c.count,
         c.partition,
-        seed=config.seed,
+        seed=config.split_seed,
         alpha=c.alpha,
         field=c.field or (table.text[0] if c.partition == "by-length" else None),
         label=task.label if task.kind == "classification" else None,

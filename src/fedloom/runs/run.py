@@ -304,7 +304,7 @@ class _Run:
         """Of the server's model, or the mean over the clients' own models where there is no common one."""
         self.observer.doing("evaluating")
         if self.e.method.personal_models:
-            return self._client_scores(state, t)
+            return self._client_scores(state, t, one_by_one=t == self.rounds)
         start = time.perf_counter()
         values = evaluate.score(self.e, self.e.global_model(state))
         return Scores(values, "server", seconds=time.perf_counter() - start)
@@ -346,6 +346,7 @@ class _Run:
                 "labels": e.tables.labels,
                 "targets": e.targets,
                 "clients": {client.id: _without_id(client.to_dict()) for client in e.clients},
+                "rows": {"train": len(e.tables.train), "eval": len(e.tables.eval)},
                 "cohort": e.cohort,
                 "environment": {
                     "device": str(e.device),
