@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedloom import checkpoint
+from fedloom import disk
 from fedloom.errors import ConfigError
 from fedloom.studies import charts
 from fedloom.studies.summary import Summary
@@ -14,7 +14,7 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ConfigError(f"figures need matplotlib ({error}): pip install 'fedloom[wireless]'") from error
 
-COLOURS = "#0b6bcb #d1540a #00825a #b5367f #7a5bd0 #8f6b00 #00889c #c0302f #5f6b7a #7d5a35".split()
+COLOURS = ["#0b6bcb", "#d1540a", "#00825a", "#b5367f", "#7a5bd0", "#8f6b00", "#00889c", "#c0302f", "#5f6b7a", "#7d5a35"]
 """As in the report."""
 
 
@@ -38,7 +38,7 @@ def draw(s: Summary, stem: Path, kind: str = "pdf") -> list[Path]:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=6)
         path = stem.with_name(f"{stem.name}-{axis}.{kind}")
-        with checkpoint.disk_errors(path):
+        with disk.disk_errors(path):
             figure.savefig(path, dpi=200)
         made.append(path)
     return made

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedloom import checkpoint
+from fedloom import disk
 from fedloom.errors import ConfigError, FedloomError, RoundError, RunError
 from fedloom.runs import run as runs
 from fedloom.runs.run import Observer
@@ -171,7 +171,7 @@ def index(
     study: Study, out: Path, every: Sequence[Cell], tried: list[dict[str, Any]], failed: Mapping[str, str]
 ) -> None:
     """Write what a report needs to find and name the cells."""
-    checkpoint.write_json(
+    disk.write_json(
         out / INDEX,
         {
             "format": FORMAT,
@@ -191,7 +191,7 @@ def index(
 @contextmanager
 def held(out: Path) -> Iterator[None]:
     """Keep other processes from running the same study. Raises RunError if one does."""
-    with checkpoint.disk_errors(out):
+    with disk.disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
     try:

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from fedloom import __version__, checkpoint
+from fedloom import __version__
 from fedloom.studies import charts, results, svg
 from fedloom.studies.results import Trace
 from fedloom.studies.statistics import Difference
@@ -26,9 +26,9 @@ MOST_ROWS = 60
 
 def write(s: Summary, path: Path) -> Path:
     """Write the report of a comparison or of one run. Raises RunError if it cannot be written."""
-    with checkpoint.disk_errors(path):
+    with disk.disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write(path, render(s).encode())
+    disk.write(path, render(s).encode())
     return path
 
 
