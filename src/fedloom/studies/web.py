@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from fedloom import __version__
+from fedloom import __version__, disk
 from fedloom.studies import charts, results, svg
 from fedloom.studies.results import Trace
 from fedloom.studies.statistics import Difference
