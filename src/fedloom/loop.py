@@ -64,7 +64,7 @@ class Record:
     @property
     def train_loss(self) -> float | None:
         """Mean of the clients' losses weighted by examples; None if no upload was used."""
-        told = {k: m["loss"] for k, m in self.metrics.items() if "loss" in m}
+        told = {k: m["loss"] for k, m in self.metrics.items() if "loss" in m and m.get("steps") != 0}
         total = sum(self.examples[k] for k in told)
         return sum(self.examples[k] * loss for k, loss in told.items()) / total if total else None
 

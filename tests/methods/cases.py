@@ -789,6 +789,8 @@ CASES += [
     Case("trimmed_mean", _of("trimmed_mean", trim=0.3), each=True),
     Case("multi_krum", _of("multi_krum"), each=True),
     Case("norm_filter", _of("norm_filter"), each=True),
+    Case("fedawa", _of("fedawa", steps=3, lr=0.1), each=True),
+    Case("fedawa over fslora", _of("fedawa", "fslora"), MIXED, payload=_SEED, each=True),
     Case("scaffold over median", _of("scaffold", "median"), payload=controlled, each=True),
 ]
 

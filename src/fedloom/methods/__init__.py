@@ -31,6 +31,7 @@ _KNOWN = {
     "trimmed_mean": "robust:TrimmedMean",
     "multi_krum": "robust:MultiKrum",
     "norm_filter": "robust:NormFilter",
+    "fedawa": "fedawa:FedAWA",
     "flasc": "flasc:FLASC",
     "fedavgm": "fedopt:FedAvgM",
     "fedadagrad": "fedopt:FedAdagrad",
