@@ -14,7 +14,7 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ConfigError(f"figures need matplotlib ({error}): pip install 'fedloom[wireless]'") from error
 
-COLOURS = "#0b6bcb #d1540a #00825a #b5367f #7a5bd0 #8f6b00 #00889c #c0302f #5f6b7a #7d5a35".split()
+COLOURS = ["#0b6bcb", "#d1540a", "#00825a", "#b5367f", "#7a5bd0", "#8f6b00", "#00889c", "#c0302f", "#5f6b7a", "#7d5a35"]
 """As in the report."""
 
 
