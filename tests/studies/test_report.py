@@ -91,7 +91,7 @@ def test_no_winner_where_they_cannot_be_told_apart() -> None:
         "No winner can be named: a and b cannot be told apart with 3 draws" in text and f"needs about {needed}" in text
     )
     assert text.endswith("a is better than c.")
-    assert 'class="verdict"' in web.render(found)
+    assert 'class="verdict open"' in web.render(found)
 
 
 def test_one_draw_is_no_statistics() -> None:
