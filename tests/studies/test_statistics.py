@@ -64,8 +64,9 @@ def test_holm_against_the_definition() -> None:
 
 
 def test_binomial_error_is_the_standard_deviation_of_the_law() -> None:
-    assert s.binomial_error(0.8, 400) == pytest.approx(stats.binom(400, 0.8).std() / 400)
-    assert s.binomial_error(1.0, 10) == 0.0
+    assert s.binomial_error(0.8, 4000) == pytest.approx(stats.binom(4000, 0.8).std() / 4000, rel=1e-3)
+    # Ten of ten: 12 of 14, sqrt(12 * 2 / 14^3).
+    assert s.binomial_error(1.0, 10) == pytest.approx(math.sqrt(24 / 14**3))
 
 
 def test_variance_split_by_hand() -> None:

@@ -23,7 +23,7 @@ def compare(
     draws: Annotated[int | None, typer.Option(min=1, help="In place of the file's.")] = None,
     jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs at once, each with its share of the cores.")] = 1,
 ) -> None:
-    """Compare methods on the same draws, at equal budgets. Given again, what is missing runs: after Ctrl-C, or a new method.
+    """Compare methods on the same draws, at equal budgets. Given again, it runs what is missing: after Ctrl-C, or a new method.
 
     Example: fedloom compare study.toml --jobs 2
     """

@@ -147,8 +147,13 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def binomial_error(share: float, rows: int) -> float:
-    """Standard error of a share of right answers on `rows` rows: what the size of the test set alone leaves open."""
-    return math.sqrt(max(0.0, share * (1 - share)) / rows)
+    """Standard error of a share of right answers on `rows` rows: what the size of the test set alone leaves open.
+
+    With two right and two wrong answers added (Agresti and Coull, Am. Statist. 52, 1998), so that all right is not certain.
+    """
+    n = rows + 4
+    p = (share * rows + 2) / n
+    return math.sqrt(p * (1 - p) / n)
 
 
 def variance_split(scores: Mapping[str, Values]) -> VarianceSplit | None:

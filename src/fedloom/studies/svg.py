@@ -166,11 +166,11 @@ def _curve(s: Series, x: Axis, y: Axis, x_label: str) -> str:
     return line + dots
 
 
-def bar(low: float, middle: float, high: float, ends: tuple[float, float], told: str) -> str:
-    """An interval against zero, for a cell of a table."""
+def bar(low: float, middle: float, high: float, ends: tuple[float, float], told: str, clear: bool) -> str:
+    """An interval against zero, for a cell of a table; grey unless it is clear."""
     axis = Axis(*ends, 4, 196)
     zero = f'<path class="axis" d="M{_px(axis(0))} 0V18"/>' if ends[0] <= 0 <= ends[1] else ""
-    kind = "line c0" if low > 0 or high < 0 else "line unclear"
+    kind = "line c0" if clear else "line unclear"
     inside = [min(max(v, ends[0]), ends[1]) for v in (low, middle, high)]
     a, m, b = (_px(axis(v)) for v in inside)
     mark = f'<path class="{kind}" d="M{a} 9H{b}"/><circle class="dot {kind[5:]}" cx="{m}" cy="9" r="3.5"/>'

@@ -16,7 +16,7 @@ def verdict(s: Summary) -> list[str]:
     """What can be said, sentence by sentence, and what cannot."""
     if not s.methods:
         return ["No method has a score yet."]
-    best = (max if s.higher_is_better else min)(s.methods, key=lambda line: line.score.mean)
+    best = _best(s)
     said = [_leader(s, best), *_controls(s, best)]
     if s.methods[0].error is not None:
         rows = s.methods[0].traces[0].manifest["rows"]["eval"]
@@ -27,6 +27,23 @@ def verdict(s: Summary) -> list[str]:
     if s.budget is not None and (short := [line.label for line in s.methods if not line.whole]):
         said.append(f"{_and(short)} ended before the budget was spent: the comparison is not at equal budgets.")
     return said
+
+
+def _best(s: Summary) -> Line:
+    return (max if s.higher_is_better else min)(s.methods, key=lambda line: line.score.mean)
+
+
+def winner(s: Summary) -> str | None:
+    """The method that is told apart from all others, and better; None if there is none."""
+    best = _best(s)
+    _, unclear = _rivals(s, best)
+    return None if unclear or len(s.methods) < 2 else best.label
+
+
+def _rivals(s: Summary, best: Line) -> tuple[dict[str, Difference | None], list[str]]:
+    """Other label -> its pair with the best one, and the labels that it cannot be told apart from."""
+    pairs = {line.label: against(s.pairs, best.label, line.label) for line in s.methods if line is not best}
+    return pairs, [label for label, pair in pairs.items() if not (pair and pair.separate and pair.gain.mean > 0)]
 
 
 def _leader(s: Summary, best: Line) -> str:
@@ -40,8 +57,7 @@ def _leader(s: Summary, best: Line) -> str:
         )
     if not s.pairs:
         return f"{best.label} has the best mean {s.score}, {value}; no statistics were asked for."
-    rivals = {line.label: against(s.pairs, best.label, line.label) for line in s.methods if line is not best}
-    unclear = [label for label, pair in rivals.items() if pair is None or not (pair.separate and pair.gain.mean > 0)]
+    rivals, unclear = _rivals(s, best)
     beaten = [label for label in rivals if label not in unclear]
     if not unclear:
         closest = min((pair for pair in rivals.values() if pair), key=lambda pair: pair.gain.mean)
@@ -61,16 +77,21 @@ def against(pairs: Sequence[Difference], first: str, second: str) -> Difference 
         if (pair.first, pair.second) == (first, second):
             return pair
         if (pair.first, pair.second) == (second, first):
-            g = pair.gain
-            return replace(
-                pair,
-                first=first,
-                second=second,
-                gain=Interval(-g.mean, -g.high, -g.low, g.n, g.sd),
-                wins=g.n - pair.wins - pair.ties,
-                improvement=1 - pair.improvement,
-            )
+            return reversed_(pair)
     return None
+
+
+def reversed_(pair: Difference) -> Difference:
+    """The same pair, second minus first."""
+    g = pair.gain
+    return replace(
+        pair,
+        first=pair.second,
+        second=pair.first,
+        gain=Interval(-g.mean, -g.high, -g.low, g.n, g.sd),
+        wins=g.n - pair.wins - pair.ties,
+        improvement=1 - pair.improvement,
+    )
 
 
 def _controls(s: Summary, best: Line) -> list[str]:

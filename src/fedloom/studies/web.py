@@ -18,7 +18,7 @@ from fedloom.studies.statistics import Difference
 from fedloom.studies.study import LOWER_IS_BETTER
 from fedloom.studies.summary import Line, Summary, differences
 from fedloom.studies.tables import COLUMNS, NAMES, cells_of, data_of, size
-from fedloom.studies.verdict import number, verdict
+from fedloom.studies.verdict import number, reversed_, verdict, winner
 
 MOST_ROWS = 60
 """Rows of a table of clients or of dropped updates; the numbers of the others are in the run directories."""
@@ -47,7 +47,7 @@ def page(s: Summary) -> dict[str, Any]:
         "title": s.name,
         "subtitle": _subtitle(s),
         "verdict": verdict(s),
-        "open": len(s.methods) > 1 and not any(pair.separate for pair in s.pairs),
+        "open": len(s.methods) > 1 and winner(s) is None,
         "score": s.score,
         "columns": [s.score if c == "score" else c for c in COLUMNS],
         "lines": _lines(s),
@@ -57,7 +57,7 @@ def page(s: Summary) -> dict[str, Any]:
         "banded": s.draws > 1,
         "charts": _charts(s, one),
         "pairs": _pairs(s.pairs),
-        "pairs_note": "p-values are Holm's over all pairs, draws needed are for power 0.8 at 5 %.",
+        "pairs_note": "p-values are Holm's over all pairs (in colour: told apart), draws needed are for power 0.8 at 5 %.",
         "split": _split(s),
         **_strips(s),
         "rounds": _rounds(s.methods[0].traces[0]) if one else None,
@@ -138,13 +138,14 @@ def _pairs(pairs: Sequence[Difference]) -> list[dict[str, Any]]:
     # One pair with a huge interval would hide all others: the axis is that of the gains, and intervals are cut at its ends.
     reach = 2.5 * max(abs(pair.gain.mean) for pair in pairs) or 1.0
     shown = []
-    for pair in sorted(pairs, key=lambda pair: pair.p):
+    for found in sorted(pairs, key=lambda pair: pair.p):
+        pair = found if found.gain.mean >= 0 else reversed_(found)
         g = pair.gain
         told = f"{pair.first} minus {pair.second}: {number(g.mean)}, {number(g.low)} to {number(g.high)}"
         shown.append(
             {
                 "names": f"{pair.first} - {pair.second}",
-                "bar": Markup(svg.bar(g.low, g.mean, g.high, (-reach, reach), told)),
+                "bar": Markup(svg.bar(g.low, g.mean, g.high, (-reach, reach), told, pair.separate)),
                 "gain": f"{g.mean:+.4f}",
                 "interval": f"{g.low:+.4f} to {g.high:+.4f}",
                 "p": f"{pair.p_holm:.3f}",
