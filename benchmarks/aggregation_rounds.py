@@ -1,6 +1,6 @@
 """(e) What a method does with factors on the server, against the dense product, for a 7B model's q and v projections.
 
-    python benchmarks/aggregation_rounds.py [--size 4096] [--clients 10] [--rank 16] [--repeats 3] [--only flexlora --only fedsvd]
+    python benchmarks/aggregation_rounds.py [--size 4096] [--clients 10] [--rank 16] [--repeats 3] [--only flexlora]
 
 One site is 4096 x 4096; a 7B model has 64 of them. A round is played with clients whose training costs nothing: the server's
 work, and what clients do besides training. The dense way, timed once, forms sum_k p_k s_k B_k A_k and what the method's
