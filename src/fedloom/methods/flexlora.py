@@ -29,6 +29,7 @@ from fedloom.state import State, only
 class Redistributed(LoRA):
     """Server state: A = Vh and B = U S at the largest rank, at scale 1; a client trains the leading ranks, at its own scale."""
 
+    group: ClassVar[str] = "unequal ranks"
     budgets: ClassVar[frozenset[str]] = frozenset({"rank"})
 
     def scale_of(self, client: Client) -> float:

@@ -29,6 +29,7 @@ class FLoRA(LoRA):
 
     name: ClassVar[str] = "flora"
     paper: ClassVar[str] = "Wang et al., FLoRA: Heterogeneous Low-Rank Adaptations, arXiv 2409.05976"
+    group: ClassVar[str] = "sums of products"
     budgets: ClassVar[frozenset[str]] = frozenset({"rank"})
 
     def scale_of(self, client: Client) -> float:
