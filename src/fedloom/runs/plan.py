@@ -91,15 +91,17 @@ def _allocated(config: RunConfig, name: str, path: Path) -> list[float]:
     """The values that `fedloom allocate` planned, one for each device."""
     where = f"clients.{BUDGETS[name].key}"
     try:
-        rates: dict[str, float] = json.loads(path.read_text())[name]
+        rates = json.loads(path.read_text())[name]
+        if not isinstance(rates, dict) or not all(type(rate) in (int, float) for rate in rates.values()):
+            raise TypeError(f"{name} is {shown(rates)}, expected device -> number")
     except FileNotFoundError:
         raise ConfigError(
             f"{where} names the allocation {str(path)!r}, which does not exist: make it with "
             f"`fedloom allocate FLEET.toml --out {path}`"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
-            f"{where}: {str(path)!r} is no allocation ({error}), expected JSON with a table {name}"
+            f"{where}: {shown(str(path))} is no allocation ({error}), expected JSON with a table {name}"
         ) from None
     if config.clients.count is not None and len(rates) != config.clients.count:
         raise ConfigError(
