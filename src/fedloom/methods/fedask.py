@@ -34,7 +34,7 @@ class FedASK(LoRA):
 
     name: ClassVar[str] = "fedask"
     paper: ClassVar[str] = "FedASK: Differentially Private Federated LoRA with Double Sketching, arXiv 2507.09990"
-    group: ClassVar[str] = "sums of products"
+    group: ClassVar[str] = "exact sums"
 
     def init(self, sites: Sites, rng: torch.Generator) -> State:
         # Omega is drawn once (the official code) and travels as a seed.
