@@ -194,6 +194,18 @@ class NetworkSection(_Section):
     """Who sends on which part of the band; by default clients.keep if that names a file, else it is planned anew."""
 
 
+class TrackSection(_Section):
+    """[track]: where the rounds are sent while the run goes on."""
+
+    to: list[str] = []
+    """Trackers by accelerate's names: tensorboard, wandb, mlflow, trackio, ...; their files are below RUN/track."""
+    project: str = "fedloom"
+    offline: bool = True
+    """Nothing leaves this machine."""
+    report: bool = False
+    """Write RUN/report.html at the end."""
+
+
 class RunConfig(_Section):
     """A whole run: the keys of a run file, with their defaults."""
 
@@ -206,6 +218,7 @@ class RunConfig(_Section):
     train: TrainSection = TrainSection()
     engine: EngineSection = EngineSection()
     network: NetworkSection | None = None
+    track: TrackSection = TrackSection()
 
     @property
     def split_seed(self) -> int:

@@ -19,7 +19,7 @@ from fedloom.data import partition
 from fedloom.engine import Engine, Job, Total
 from fedloom.flower.transport import Transport
 from fedloom.loop import Limits, Record, federate, in_order
-from fedloom.runs import evaluate, export, flower_server, radio_cost
+from fedloom.runs import evaluate, export, flower_server, radio_cost, track
 from fedloom.runs.config import RunConfig
 from fedloom.runs.experiment import Experiment, experiment
 from fedloom.runs.plan import absolute
@@ -72,6 +72,7 @@ def start(
     config = absolute(config)
     path = out if out is not None else free_name(config)
     RunDirectory.require_free(path)
+    track.check(config.track)
     # Whatever is wrong with method, data or model is told before anything is written.
     e = experiment(config, observer.doing)
     run = RunDirectory.create(path, config)
@@ -113,8 +114,9 @@ def _go(run: RunDirectory, e: Experiment, observer: Observer, transport: Transpo
         torch.set_num_threads(threads)
     here = transport is None and e.config.engine.name == "inprocess"
     reached = nullcontext(transport) if here or transport is not None else None
-    with reached or flower_server.connected(run, e, observer.doing) as link:
-        return _Run(run, e, observer, client_states, link).go(t, state)
+    link = reached or flower_server.connected(run, e, observer.doing)
+    with link as transport, track.tracked(run.path, e.config) as trackers:
+        return _Run(run, e, observer, client_states, transport, trackers).go(t, state)
 
 
 class _Run:
@@ -127,8 +129,9 @@ class _Run:
         observer: Observer,
         client_states: ClientStates,
         transport: Transport | None,
+        trackers: list[Any],
     ) -> None:
-        self.run, self.observer = run, observer
+        self.run, self.observer, self.trackers = run, observer, trackers
         here = Simulation(
             e.trainer,
             e.sites,
@@ -162,7 +165,7 @@ class _Run:
         partition.save(dict(e.partition), self.run.partition_file)
         self.observer.assembled(e)
         for record in records:
-            self.observer.round(record)
+            self._tell(record)
         if t < 0:
             state = e.initial_state()
             self._record(Record(0), state)
@@ -212,7 +215,11 @@ class _Run:
         engine = stats if record.t > 0 else None
         made = line(record, state, scores=scores, train_s=train_s, network=network, engine=engine)
         self.run.append(made)
-        self.observer.round(made)
+        self._tell(made)
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        track.send(self.trackers, record)
+        self.observer.round(record)
 
     def _scores(self, state: State, t: int) -> Scores:
         """Of the server's model, or the mean over the clients' own models where there is no common one."""
