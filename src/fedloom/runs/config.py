@@ -205,6 +205,18 @@ class RunSection(_Section):
     """So many of the last rounds can be gone back to: `fedloom resume RUN --round N`."""
 
 
+class TrackSection(_Section):
+    """[track]: where the rounds are sent while the run goes on."""
+
+    to: list[str] = []
+    """Trackers by accelerate's names: tensorboard, wandb, mlflow, trackio, ...; their files are below RUN/track."""
+    project: str = "fedloom"
+    offline: bool = True
+    """Nothing leaves this machine."""
+    report: bool = False
+    """Write RUN/report.html at the end."""
+
+
 class RunConfig(_Section):
     """A whole run: the keys of a run file, with their defaults."""
 
@@ -218,6 +230,7 @@ class RunConfig(_Section):
     engine: EngineSection = EngineSection()
     run: RunSection = RunSection()
     network: NetworkSection | None = None
+    track: TrackSection = TrackSection()
 
     @property
     def split_seed(self) -> int:
