@@ -32,6 +32,7 @@ class FedPLoRA(LoRA):
     paper: ClassVar[str] = (
         "Zhang et al., Heterogeneous Federated Fine-Tuning with Parallel One-Rank Adaptation, arXiv 2602.16936"
     )
+    group: ClassVar[str] = "unequal ranks"
     budgets: ClassVar[frozenset[str]] = frozenset({"rank"})
 
     def init(self, sites: Sites, rng: torch.Generator) -> State:

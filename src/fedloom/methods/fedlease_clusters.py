@@ -43,6 +43,7 @@ class FedLEASEClusters(LoRA):
     name: ClassVar[str] = "fedlease_clusters"
     paper: ClassVar[str] = "Wang et al., Adaptive LoRA Experts Allocation and Selection (its clustering), NeurIPS 2025"
     personal_models = True
+    serves_personal_models = True
 
     async def server(self, state: State, round: Round) -> State:
         cluster: Group = dict(state.get("cluster", {}))

@@ -33,6 +33,7 @@ class FedMomentum(LoRA):
 
     name: ClassVar[str] = "fedmomentum"
     paper: ClassVar[str] = "Yan et al., FedMomentum: Preserving LoRA Training Momentum, arXiv 2603.08014"
+    group: ClassVar[str] = "exact sums"
 
     async def server(self, state: State, round: Round) -> State:
         asked = Each(

@@ -42,6 +42,7 @@ class FedRoRA(LoRA):
 
     name: ClassVar[str] = "fedrora"
     paper: ClassVar[str] = "Wang et al., Breaking the Structural Identity: Personalized Federated LoRA, 2026"
+    group: ClassVar[str] = "personal"
     budgets: ClassVar[frozenset[str]] = frozenset({"rank"})
     personal_models = True
     serves_personal_models = True

@@ -44,6 +44,7 @@ class LoRAA2(LoRA):
 
     name: ClassVar[str] = "lora_a2"
     paper: ClassVar[str] = "Koo et al., Towards Robust and Efficient Federated Low-Rank Adaptation, arXiv 2410.22815"
+    group: ClassVar[str] = "alternation"
     budgets: ClassVar[frozenset[str]] = frozenset({"rank"})
 
     async def server(self, state: State, round: Round) -> State:

@@ -33,6 +33,7 @@ class ZeroPadding(LoRA):
 
     name: ClassVar[str] = "zero_padding"
     paper: ClassVar[str] = "baseline of Cho et al., Heterogeneous LoRA for Federated Fine-tuning, arXiv 2401.06432"
+    group: ClassVar[str] = "unequal ranks"
     budgets: ClassVar[frozenset[str]] = frozenset({"rank"})
 
     async def server(self, state: State, round: Round) -> State:
