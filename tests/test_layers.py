@@ -25,6 +25,7 @@ FLOORS = [
     ["flows"],
     ["methods"],
     ["checkpoint", "communication", "engine", "sampling", "screening", "loop", "simulation", "describe"],
+    ["privacy"],
     ["train", "data", "models", "wireless"],
     ["flower"],
     ["runs"],

@@ -109,6 +109,11 @@ def describe(name: str) -> Description:
     )
 
 
+def sum_obstacle(method: Method) -> str | None:
+    """Why no secure sum can serve a method as it was made, or None: what three rounds of it exchange."""
+    return next((why for why in _watched(method).obstacles if why), None)
+
+
 # watching
 
 
