@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom import methods
-from fedloom.client import BUDGETS, Client
+from fedloom.client import BUDGETS, Client, whole_budget
 from fedloom.core import Method
 from fedloom.data import metrics
 from fedloom.errors import ConfigError
@@ -43,7 +43,7 @@ def plan(config: RunConfig) -> Plan:
     table = config.method.model_dump()
     with _own_methods(table):
         method = methods.build(table, lora)
-    budgets = {name: _budget(config, name, method.rank) for name in BUDGETS}
+    budgets = {name: _budget(config, name, method) for name in BUDGETS}
     made = Plan(config, method, budgets)
     metrics.check(config.task.metrics or [], config.task.kind)
     for i in range(max(map(len, budgets.values()))):
@@ -74,11 +74,11 @@ def _tables(table: object) -> Iterator[Mapping[str, Any]]:
         table = table.get("over")
 
 
-def _budget(config: RunConfig, name: str, rank: int) -> list[Any]:
+def _budget(config: RunConfig, name: str, method: Method) -> list[Any]:
     key = BUDGETS[name].key
     value = getattr(config.clients, key)
     if value is None:
-        return [rank]
+        return [whole_budget(method, name)]
     if isinstance(value, str):
         return _allocated(config, name, Path(value))
     values = value if isinstance(value, list) else [value]
