@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py
 
-Milliseconds of processor time for 2,048 tokens, 12 heads of 32, on one thread, best of 20. `fedloom.train.kernels.packed_attention.choose`
+Milliseconds of processor time for 2,048 tokens, 12 heads of 32, on one thread, best of 20. `fedloom.train.attention.choose`
 follows this table.
 """
 

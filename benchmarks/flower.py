@@ -20,27 +20,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fedloom.engines.link import Reply
-from fedloom.engines.local import (
-    Keeper,
-    Spec,
-    environment,
-    free_ports,
-    lend,
-    superlink,
-    supernode,
-    wait_for_port,
-    worker,
-)
-from fedloom.engines.remote import Remote
-from fedloom.engines.worker import Worker
-from fedloom.runs.assemble import Parts
-from fedloom.runs.directory import RunDirectory
-from fedloom.runs.node import share
 from machine import describe
 
-from fedloom.runs import remote, session
+from fedloom.flower.coordinator import Coordinator
+from fedloom.flower.pending import Asked
+from fedloom.flower.sandbox import environment, free_ports, lend, superlink, supernode, wait_for_port
+from fedloom.flower.supervisor import Program, Supervisor
+from fedloom.flower.transport import Reply
+from fedloom.flower.worker import Worker
+from fedloom.runs import flower_server
+from fedloom.runs import run as runs
 from fedloom.runs.config import RunConfig, parse
+from fedloom.runs.experiment import experiment
+from fedloom.runs.flower_node import local_node, local_worker
+from fedloom.runs.run_directory import RunDirectory
 
 
 class Relay:
@@ -72,10 +65,10 @@ class Relay:
 
 
 class Direct:
-    """A link to workers in this very process: the codec of both sides without Flower, to measure accuracy quickly."""
+    """A transport to workers in this very process: the codec of both sides without Flower, to measure accuracy quickly."""
 
     def __init__(self, nodes: int) -> None:
-        self._workers = [Worker(share()) for _ in range(nodes)]
+        self._workers = [Worker(local_node()) for _ in range(nodes)]
         self._answers: list[Reply] = []
 
     def nodes(self) -> list[int]:
@@ -109,7 +102,7 @@ def config(rounds: int, rank: int, clients: int, wire: str, **train: Any) -> Run
     )
 
 
-def rss_mb(pid: int, key: str = "VmRSS") -> float:
+def rss_mb(pid: int | None, key: str = "VmRSS") -> float:
     """Resident memory of a process and of what it started, in MB."""
     total = 0.0
     for path in Path("/proc").glob("[0-9]*/status"):
@@ -124,17 +117,17 @@ def deployment(nodes: int, rounds: int, rank: int) -> None:
     folder = Path(tempfile.mkdtemp(prefix="fedloom-"))
     port, *runtime = free_ports(nodes + 1)
     relay, env = Relay(port), environment(folder / "home")
-    specs = [Spec("superlink", superlink(port), env)]
+    programs = [Program("superlink", superlink(port), env)]
     for k in range(nodes):
-        specs.append(Spec(f"supernode-{k}", supernode(relay.port, runtime[k], folder / f"w{k}"), env))
-        specs.append(Spec(f"worker-{k}", worker(folder / f"w{k}", 1), env))
+        programs.append(Program(f"supernode-{k}", supernode(relay.port, runtime[k], folder / f"w{k}"), env))
+        programs.append(Program(f"worker-{k}", local_worker(folder / f"w{k}", 1), env))
     begin = time.perf_counter()
-    keeper = Keeper(specs, folder / "logs")
+    supervisor = Supervisor(programs, folder / "logs")
     try:
-        wait_for_port(port, lambda: keeper.running("superlink"), "the SuperLink")
+        wait_for_port(port, lambda: supervisor.running("superlink"), "the SuperLink")
         listening = time.perf_counter() - begin
-        link = lend(f"127.0.0.1:{port}", folder / "home", folder / "link")
-        while len(link.nodes()) < nodes:
+        transport = lend(f"127.0.0.1:{port}", folder / "home", folder / "link")
+        while len(transport.nodes()) < nodes:
             time.sleep(0.05)
         print(
             f"start-up: SuperLink listens after {listening:.1f} s, nodes ready after {time.perf_counter() - begin:.1f} s"
@@ -152,7 +145,7 @@ def deployment(nodes: int, rounds: int, rank: int) -> None:
 
         before = relay.up, relay.down
         start = time.perf_counter()
-        result = session.start(settings, folder / "run", link=link)
+        result = runs.start(settings, folder / "run", transport=transport)
         took = time.perf_counter() - start
         crossed = relay.up - before[0], relay.down - before[1]
         rounds_ = [r for r in result.rounds if r["round"] > 0]
@@ -170,32 +163,34 @@ def deployment(nodes: int, rounds: int, rank: int) -> None:
                 f"bytes {way}: accounting {counted}, our messages {messages} ({messages / counted - 1:+.2%}), "
                 f"TCP {got} ({got / counted - 1:+.2%})"
             )
-        parts = Parts(settings)
-        own: Any = None
-        engine = remote.engine(link, RunDirectory(folder / "run"), parts, own, lambda what: None)
-        engine.link = link
+        here: Any = None
+        engine, _ = flower_server.coordinator(
+            transport, RunDirectory(folder / "run"), experiment(settings), here, lambda what: None
+        )
         print(f"floor: a message that asks for nothing takes median {floor(engine):.2f} s")
         for k in range(nodes):
-            node, work = keeper.ids[f"supernode-{k}"], keeper.ids[f"worker-{k}"]
+            node, work = supervisor.ids[f"supernode-{k}"], supervisor.ids[f"worker-{k}"]
             print(
                 f"memory of node {k}: SuperNode with its executor {rss_mb(node):.0f} MB, "
                 f"worker {rss_mb(work):.0f} MB (peak {rss_mb(work, 'VmHWM'):.0f} MB)"
             )
-        print(f"memory of the SuperLink with its app: {rss_mb(keeper.ids['superlink']):.0f} MB and the app's process")
-        link.close()
+        print(
+            f"memory of the SuperLink with its app: {rss_mb(supervisor.ids['superlink']):.0f} MB and the app's process"
+        )
+        transport.close()
     finally:
-        keeper.close()
+        supervisor.close()
 
 
-def floor(engine: Remote, times: int = 8) -> float:
+def floor(engine: Coordinator, times: int = 8) -> float:
     """Median seconds of a message to all nodes that asks only who they are."""
     took = []
     for _ in range(times):
-        engine._known.clear()
         start = time.perf_counter()
-        engine._greet()
-        while engine._hellos:
-            engine._listen()
+        left = [Asked(node, "hello") for node in engine.transport.nodes()]
+        assert all([engine.pending.send(asked, 60.0) for asked in left])
+        while engine.pending.owed():
+            engine.pending.receive()
             time.sleep(0.05)
         took.append(time.perf_counter() - start)
     return statistics.median(took[1:])
@@ -207,7 +202,7 @@ def accuracy(rounds: int, rank: int) -> None:
             for wire in ("float32", "bfloat16", "int8"):
                 settings = config(rounds, rank, 4, wire)
                 settings = settings.model_copy(update={"seed": seed})
-                result = session.start(settings, Path(folder) / f"{wire}-{seed}", link=Direct(2))
+                result = runs.start(settings, Path(folder) / f"{wire}-{seed}", transport=Direct(2))
                 up = sum(r["engine"]["wire"]["up"] for r in result.rounds if "engine" in r)
                 score = ", ".join(f"{name} {value:.4f}" for name, value in result.eval.items())
                 print(f"seed {seed}, {wire}: {up} bytes up, held-out {score}", flush=True)

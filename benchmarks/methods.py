@@ -14,11 +14,11 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from fedloom.runs.assemble import tables
 from machine import describe
 
 import fedloom
 from fedloom import methods
+from fedloom.runs.tables import tables
 
 QUICKSTART = Path(fedloom.__file__).parent / "quickstart.toml"
 

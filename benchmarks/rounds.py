@@ -1,4 +1,4 @@
-"""(c) The share of a round that is not training: broadcast, prepare, finish, guard, aggregate and checkpoint.
+"""(c) The share of a round that is not training: the coroutines of server and clients, checks, means and checkpoint.
 
     python benchmarks/rounds.py [--clients 16] [--rows 128] [--rounds 3] [--methods fedit,fslora,...]
 
@@ -12,15 +12,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from fedloom.engines.inprocess import InProcess
-from fedloom.runs.assemble import Parts
-from fedloom.runs.session import _Timed
 from machine import describe
 
 from fedloom import checkpoint, methods
-from fedloom.checkpoint import Kept
+from fedloom.checkpoint import ClientStates
 from fedloom.loop import one_round
 from fedloom.runs.config import parse
+from fedloom.runs.experiment import experiment
+from fedloom.simulation import Simulation
 
 
 def main() -> None:
@@ -45,27 +44,22 @@ def main() -> None:
             "method": {"name": name},
             "train": {"batch_size": 8, "lr": 1e-3},
         }
-        parts = Parts(parse(values, "benchmark"))
+        e = experiment(parse(values, "benchmark"))
         with tempfile.TemporaryDirectory() as folder:
-            trainer = _Timed(parts.trainer, lambda count: None)
-            engine = InProcess(
-                trainer,
-                parts.sites,
-                parts.rows_of,
-                kept=Kept(Path(folder) / "kept"),
-                fresh=parts.head,
-                cohort=parts.cohort,
+            states = ClientStates(Path(folder) / "kept")
+            engine = Simulation(
+                e.trainer, e.sites, e.rows_of, client_states=states, fresh=e.head, cohort=e.cohort, proxy=e.server
             )
-            state, shares, totals = parts.initial_state(), [], []
+            state, shares, totals = e.initial_state(), [], []
             for t in range(1, asked.rounds + 2):
-                trainer.seconds = 0.0
                 start = time.perf_counter()
-                state, _ = one_round(parts.method, engine, state, parts.clients, t)
-                checkpoint.save(Path(folder), t, state, engine.kept)
+                state, _ = one_round(e.method, engine, state, e.clients, t)
+                checkpoint.save(Path(folder), t, state, states, keep=2)
                 total = time.perf_counter() - start
+                train_s = engine.stats()["train_s"]
                 if t > 1:
                     totals.append(total)
-                    shares.append((total - trainer.seconds) / total)
+                    shares.append((total - train_s) / total)
         middle = sorted(shares)[len(shares) // 2]
         print(f"{name:18} {sorted(totals)[len(totals) // 2]:6.2f} s a round, {100 * middle:.2f} % outside training")
 

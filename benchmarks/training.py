@@ -3,8 +3,9 @@
     python benchmarks/training.py [--quick] [--threads 2] [--cpu-time]
 
 All-MiniLM-L6-v2 on TREC questions, LoRA of rank 8 on query and value plus the classification head, AdamW. Every line does the
-same batches, which every turn shuffles anew, as every round of a run does. The lines take turns within one process, client by
-client, so that a busy spell meets all of them; a ratio is the median of the ratios within one such turn.
+same batches, which every turn shuffles anew, as every round of a run does. "Readable" is kernels = "off". The lines take turns
+within one process, client by client, so that a busy spell meets all of them; a ratio is the median of the ratios within one
+such turn.
 """
 
 from __future__ import annotations
@@ -26,15 +27,18 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 import numpy as np
 import torch
 from datasets import Dataset
-from fedloom.data.text import Encoded, collate, encode_labelled, schedule
 from machine import describe
 from peft import LoraConfig, TaskType, get_peft_model
+from torch.nn import functional as F
 
 from fedloom import lora
 from fedloom.core import Client, State, Work
 from fedloom.data import packaged
-from fedloom.methods.fedit import FedIT
+from fedloom.data.batches import Encoded, collate, schedule, targets
+from fedloom.data.tokenize import encode_labelled
 from fedloom.models.huggingface import default_targets, find_sites, load_base
+from fedloom.rng import generator
+from fedloom.train.adapted_model import KernelChoice
 from fedloom.train.optim import Settings
 from fedloom.train.trainer import Trainer
 
@@ -88,8 +92,10 @@ def peft_line(
             optimizer = torch.optim.AdamW((p for p in peft.parameters() if p.requires_grad), lr=LR, weight_decay=0.0)
             peft.train(not evaluating)
             for rows in plan_of(encoded, batch_size, client, t):
-                batch = collate([(encoded, rows)], multiple=fixed or 1)
-                loss = peft(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+                batch, labels = collate([(encoded, rows)]), targets([(encoded, rows)]).labels
+                gap = (0, max(0, fixed - batch.input_ids.shape[1]))
+                ids, mask = F.pad(batch.input_ids, gap, value=encoded.pad_id), F.pad(batch.attention_mask, gap)
+                loss = peft(input_ids=ids, attention_mask=mask, labels=labels).loss
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -104,17 +110,18 @@ def our_line(
     data: Sequence[Encoded],
     batch_size: int,
     dtype: torch.dtype,
+    kernels: KernelChoice,
 ) -> Train:
     """Trainer.fit on the clients of a call, in one cohort."""
     settings = Settings(lr=LR, batch_size=batch_size, clip=None)
     model = copy.deepcopy(model)
-    state: State = lora.init(sites, RANK, lora.generator(0, "benchmark"))
+    state: State = lora.init(sites, RANK, generator(0, "benchmark"))
     state["head"] = {n: p.detach().clone() for n, p in model.named_parameters() if n.rpartition(".")[0] in head}
-    trainer = Trainer(model, sites, head, settings=settings, dtype=dtype)
+    trainer = Trainer(model, sites, head, settings=settings, dtype=dtype, kernels=kernels)
     works = [(Client(f"client-{k}", len(d), RANK), Work(train=state, scale=2.0)) for k, d in enumerate(data)]
 
     def train(clients: range, t: int) -> None:
-        trainer.fit(FedIT(rank=RANK), [works[k] for k in clients], [data[k] for k in clients], t)
+        trainer.fit([works[k] for k in clients], [data[k] for k in clients], t)
 
     return train
 
@@ -124,7 +131,7 @@ def trec(tokenizer: Any, clients: int, rows: int) -> list[Encoded]:
     columns = packaged.read("trec")
     if columns is None:
         raise SystemExit(packaged.absent("trec"))
-    chosen = torch.randperm(len(columns["text"]), generator=lora.generator(0, "questions"))[: clients * rows].tolist()
+    chosen = torch.randperm(len(columns["text"]), generator=generator(0, "questions"))[: clients * rows].tolist()
     ds = Dataset.from_dict({name: [column[i] for i in chosen] for name, column in columns.items()})
     encoded = encode_labelled(ds, tokenizer, ["text"], "label", None, 128)
     return [encoded.select(range(k * rows, (k + 1) * rows)) for k in range(clients)]
@@ -142,12 +149,13 @@ def lines(clients: int, rows: int) -> list[Line]:
         Line("PEFT loop, padded to 128", 8, 1, peft_line("", model, data, 8, evaluating=False, fixed=128), False),
         Line("PEFT loop, as usually written", 4, 1, peft_line("", model, data, 4, evaluating=False)),
     ]
-    for b in (8, 4):
+    kinds: list[tuple[int, KernelChoice]] = [(8, "auto"), (4, "auto"), (8, "off")]
+    for b, kernels in kinds:
         for dtype in (torch.float32, torch.bfloat16):
             for together in (1, clients):
                 how = "one by one" if together == 1 else f"{together} together"
-                train = our_line(model, sites, head, data, b, dtype)
-                found.append(Line(f"fedloom, {str(dtype).removeprefix('torch.')}, {how}", b, together, train))
+                name = f"fedloom{', readable' * (kernels == 'off')}, {str(dtype).removeprefix('torch.')}, {how}"
+                found.append(Line(name, b, together, our_line(model, sites, head, data, b, dtype, kernels)))
     return found
 
 

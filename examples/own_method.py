@@ -3,17 +3,17 @@
 cd examples && python own_method.py
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import fedloom
-from fedloom import lora
-from fedloom.core import Client, Method, Sites, State, Upload, Work
+from fedloom.core import Mean, Round, State
+from fedloom.methods.base import LoRA
+from fedloom.state import only
 
 
 @dataclass(frozen=True, kw_only=True)
-class Damped(Method):
+class Damped(LoRA):
     """x <- x + server_lr (mean of the clients' x - x), for A, B and the head."""
 
     server_lr: float = 0.7
@@ -21,14 +21,11 @@ class Damped(Method):
     name: ClassVar[str] = "damped"
     paper: ClassVar[str] = "an example"
 
-    def prepare(self, received: State, kept: State, sites: Sites, client: Client, t: int) -> Work:
-        return Work(train=received, scale=lora.scale(self.alpha, self.rank, self.rslora))
-
-    def aggregate(self, state: State, uploads: Iterable[Upload]) -> State:
-        mean = lora.mean(uploads, "A", "B", "head")
+    async def server(self, state: State, round: Round) -> State:
+        mean = await Mean(send=lambda client: only(state, "A", "B", "head"))
         return state | {
             role: {site: state[role][site].lerp(x, self.server_lr) for site, x in group.items()}
-            for role, group in mean.items()
+            for role, group in mean.state.items()
         }
 
 

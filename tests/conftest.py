@@ -78,13 +78,22 @@ def _tokenizer(**special: str) -> Any:
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer BERT with its tokenizer."""
+    return _bert(tmp_path_factory.mktemp("models") / "encoder", layers=2)
+
+
+@pytest.fixture(scope="session")
+def deep_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT of twelve layers: layer.10 comes before layer.2 in the alphabet, and key before query."""
+    return _bert(tmp_path_factory.mktemp("models") / "deep", layers=12)
+
+
+def _bert(path: Path, layers: int) -> Path:
     from transformers import BertConfig, BertModel
 
-    path = tmp_path_factory.mktemp("models") / "encoder"
     tokenizer = _tokenizer(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+        sizes = dict(hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=24)
         model = BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes))
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -39,7 +39,16 @@ def load_config(path: str | PathLike[str], overrides: Iterable[str] = ()) -> Run
     return configs.load(Path(path), overrides)
 
 
-def resume(path: str | PathLike[str], observer: Observer | None = None) -> Result:
-    """Go on with a run after a crash or an interruption."""
+def resume(
+    path: str | PathLike[str],
+    observer: Observer | None = None,
+    *,
+    accept_changes: bool = False,
+    back_to: int | None = None,
+) -> Result:
+    """Go on with a run after a crash or an interruption, or from an earlier round whose checkpoint is kept (`back_to`).
+
+    Raises RunError if data, model or run file are not what the run began with, unless `accept_changes`.
+    """
     hub.quiet()
-    return runs.resume(Path(path), observer)
+    return runs.resume(Path(path), observer, accept_changes=accept_changes, back_to=back_to)

@@ -1,18 +1,18 @@
-"""A run on disk: safetensors for states, JSON for the rest; written, synced, then renamed.
+"""Checkpoints of a run: safetensors for states, JSON for the rest.
 
-`latest.json` is the commit point. It names the files of one complete round with their hashes and is replaced atomically;
-files that it does not name are left-overs of a crash and go with the next round. A kill at any instant leaves the last
-complete round.
+`latest.json` is the commit point. It names the files of one complete round with their hashes and is replaced atomically. The
+last rounds before it stay, each under its own `round-N.json`; other files of rounds are left-overs of a crash and go with the
+next round. A kill at any instant leaves the last complete round. A state is read back in the order of roles and sites that it
+was written in: the order of a sum decides its last bit.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from fedloom.disk import disk_errors, write, write_json
 from fedloom.errors import RunError
 from fedloom.state import State
 
@@ -27,6 +28,8 @@ FORMAT = 1
 
 _NAME = re.compile(r"(.+)-(\d{6,})\.safetensors")
 """Of a file of a client's state: client, round."""
+_STATE = re.compile(r"state-(\d{6,})(-done)?\.safetensors")
+_ROUND = re.compile(r"round-(\d{6,})\.json")
 
 
 def flatten(state: State) -> dict[str, Tensor]:
@@ -34,51 +37,24 @@ def flatten(state: State) -> dict[str, Tensor]:
     return {f"{role}/{site}": x.contiguous() for role, group in state.items() for site, x in group.items()}
 
 
-def unflatten(flat: dict[str, Tensor]) -> State:
-    """Inverse of `flatten` (roles without a tensor are lost)."""
+def encode(state: State) -> bytes:
+    """A state as the bytes of a safetensors file that knows the order of its roles and sites, and empty roles."""
+    layout = json.dumps({role: list(group) for role, group in state.items()}, separators=(",", ":"))
+    return save_tensors(flatten(state), {"layout": layout})
+
+
+def decode(data: bytes) -> State:
+    """Inverse of `encode`. Of a file without a layout, roles and sites come in alphabetical order."""
+    flat = load_tensors(data)
+    (length,) = struct.unpack_from("<Q", data)
+    layout = json.loads(data[8 : 8 + length]).get("__metadata__", {}).get("layout")
+    if layout is not None:
+        return {role: {site: flat[f"{role}/{site}"] for site in sites} for role, sites in json.loads(layout).items()}
     state: State = {}
     for key in sorted(flat):
         role, site = key.split("/", 1)
         state.setdefault(role, {})[site] = flat[key]
     return state
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError while writing into one RunError that says what is lost: nothing."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}. Nothing is lost: free space or fix the permissions, "
-            "then resume the run"
-        ) from error
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all: beside it, synced, then renamed over it."""
-    with disk_errors(path):
-        beside = path.with_name(path.name + ".new")
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in the folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """As `write`, for a JSON value."""
-    write(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 class ClientStates:
@@ -88,10 +64,14 @@ class ClientStates:
     checkpoint names it.
     """
 
-    def __init__(self, folder: Path | None = None, files: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path | None = None, files: dict[str, str] | None = None, hashes: dict[str, str] | None = None
+    ) -> None:
         self.folder = folder
         self.files = dict(files or {})
         """Client id -> file name."""
+        self.hashes = dict(hashes or {})
+        """File name -> sha256, where it is known."""
         self._memory: dict[str, State] = {}
         self._staged_files: dict[str, str] = {}
         self._staged: dict[str, State] = {}
@@ -111,7 +91,7 @@ class ClientStates:
         if self.folder is None:
             return self._memory.get(client)
         name = self.files.get(client)
-        return None if name is None else unflatten(_read_tensors(self.folder / name))
+        return None if name is None else _read_state(self.folder / name, self.hashes.get(name))
 
     def stage(self, client: str, state: State, t: int) -> None:
         """Keep a state for a client once round t is committed; an empty one is not stored."""
@@ -123,13 +103,16 @@ class ClientStates:
         name = f"{client}-{t:06d}.safetensors"
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        write(self.folder / name, save_tensors(flatten(state)))
+        data = encode(state)
+        write(self.folder / name, data)
         self._staged_files[client] = name
+        self.hashes[name] = hashlib.sha256(data).hexdigest()
 
     def commit(self) -> None:
         """What was staged counts from now on."""
         self._memory |= self._staged
         self.files |= self._staged_files
+        self.hashes = {name: self.hashes[name] for name in self.files.values() if name in self.hashes}
         self.discard()
 
     def discard(self) -> None:
@@ -155,76 +138,120 @@ class ClientStates:
         return sorted(self._memory if self.folder is None else self.files)
 
 
-def save(folder: Path, t: int, state: State, client_states: ClientStates, done: bool = False) -> None:
-    """Write the checkpoint of round t; `done` once nothing is left to train."""
+def save(folder: Path, t: int, state: State, client_states: ClientStates, done: bool = False, keep: int = 1) -> None:
+    """Write the checkpoint of round t; `done` once nothing is left to train. The last `keep` checkpoints stay."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    data = save_tensors(flatten(state))
+    data = encode(state)
     name = f"state-{t:06d}{'-done' if done else ''}.safetensors"
     write(folder / name, data)
-    latest = {
+    files = client_states.files
+    meta = {
         "format": FORMAT,
         "round": t,
         "done": done,
         "state": name,
         "sha256": hashlib.sha256(data).hexdigest(),
-        "kept": client_states.files,
+        "kept": files,
+        "kept_sha256": {name: client_states.hashes[name] for name in files.values() if name in client_states.hashes},
     }
-    write_json(folder / "latest.json", latest)
+    write_json(folder / f"round-{t:06d}.json", meta)
+    write_json(folder / "latest.json", meta)
     with disk_errors(folder):
-        _sweep(folder, name, client_states.files)
+        _sweep(folder, keep)
 
 
-def load(folder: Path) -> tuple[int, State, ClientStates, bool]:
-    """(round, state, client states, done) of the newest complete checkpoint. Changes nothing: a run may write the next one.
+def load(folder: Path, t: int | None = None) -> tuple[int, State, ClientStates, bool]:
+    """(round, state, client states, done) of the newest complete checkpoint, or of round t. Changes nothing.
 
     Raises RunError if there is none, it is damaged, or it was written by another version.
     """
-    latest = folder / "latest.json"
+    meta = _meta(folder, t)
+    instead = f"restore it from a copy, go back ({_rounds_text(folder)}), or start the run again"
+    data = _read(folder / meta["state"], instead)
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != meta["sha256"]:
+        raise RunError(
+            f"{folder / meta['state']} is damaged: sha256 is {digest[:12]}..., expected {meta['sha256'][:12]}...; {instead}"
+        )
+    kept = ClientStates(folder / "kept", meta["kept"], meta["kept_sha256"])
+    return meta["round"], decode(data), kept, meta["done"]
+
+
+def rounds(folder: Path) -> list[int]:
+    """The rounds whose checkpoints are there, the newest last."""
+    return sorted(int(match[1]) for path in folder.glob("round-*.json") if (match := _ROUND.fullmatch(path.name)))
+
+
+def _rounds_text(folder: Path) -> str:
+    there = rounds(folder)[:-1]
+    return f"fedloom resume RUN --round {there[-1]}" if there else "no earlier round is kept"
+
+
+def _meta(folder: Path, t: int | None) -> dict[str, Any]:
+    """The checked contents of latest.json, or of a round's own file."""
+    path = folder / ("latest.json" if t is None else f"round-{t:06d}.json")
+    instead = f"restore it from a copy, go back ({_rounds_text(folder)}), or start the run again"
     try:
-        meta = json.loads(latest.read_text())
+        meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RunError(f"{folder} holds no checkpoint (no latest.json): the run never finished round 0") from None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{latest} cannot be read ({error}): restore it from a copy, or start the run again") from error
+        if t is None:
+            raise RunError(f"{folder} holds no checkpoint (no latest.json): the run never finished round 0") from None
+        there = ", ".join(map(str, rounds(folder))) or "none"
+        raise RunError(f"{folder} holds no checkpoint of round {t}, expected one of {there}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read ({type(error).__name__}): {instead}") from error
     if not isinstance(meta, dict):
-        raise RunError(f"{latest} is damaged: restore it from a copy, or start the run again")
+        raise RunError(f"{path} is damaged: {instead}")
     if meta.get("format") != FORMAT:
         raise RunError(
             f"{folder} has checkpoint format {meta.get('format')!r}, expected {FORMAT}: use the fedloom version that wrote it"
         )
-    try:
-        t, done, name, want, files = (meta[key] for key in ("round", "done", "state", "sha256", "kept"))
-    except KeyError as error:
-        raise RunError(f"{latest} is damaged (no {error}): restore it from a copy, or start the run again") from error
-    data = _read(folder / name)
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != want:
-        raise RunError(
-            f"{folder / name} is damaged: sha256 is {digest[:12]}..., expected {want[:12]}...; "
-            "restore it from a copy, or start the run again"
-        )
-    return int(t), unflatten(load_tensors(data)), ClientStates(folder / "kept", files), bool(done)
+    meta.setdefault("kept_sha256", {})
+    shapes = {"round": int, "done": bool, "state": str, "sha256": str, "kept": dict, "kept_sha256": dict}
+    for key, kind in shapes.items():
+        if type(meta.get(key)) is not kind:
+            raise RunError(f"{path} is damaged ({key} is {str(meta.get(key))[:40]!r}): {instead}")
+    named = [meta["state"], *meta["kept"].values()]
+    if not all(isinstance(name, str) and Path(name).name == name for name in named) or meta["round"] < 0:
+        raise RunError(f"{path} is damaged (it names no files of a checkpoint): {instead}")
+    return meta
 
 
-def _sweep(folder: Path, state: str, kept: dict[str, str]) -> None:
-    """Remove what the checkpoint does not name."""
-    named = set(kept.values())
-    stale = [path for path in folder.glob("state-*") if path.name != state]
-    stale += [path for path in (folder / "kept").glob("*") if path.name not in named]
+def _sweep(folder: Path, keep: int) -> None:
+    """Remove the files of rounds that no checkpoint to be kept names; what is not ours stays."""
+    latest = json.loads((folder / "latest.json").read_text())
+    earlier = [t for t in rounds(folder) if t < latest["round"]]
+    stay = {latest["round"], *earlier[len(earlier) - max(0, keep - 1) :]}
+    named: set[str] = {latest["state"], *latest["kept"].values()}
+    for t in rounds(folder):
+        path = folder / f"round-{t:06d}.json"
+        if t in stay:
+            meta = json.loads(path.read_text())
+            named |= {meta["state"], *meta["kept"].values()}
+        else:
+            path.unlink(missing_ok=True)
+    stale = [path for path in folder.glob("state-*") if _STATE.fullmatch(path.name) and path.name not in named]
+    stale += [p for p in (folder / "kept").glob("*") if _NAME.fullmatch(p.name) and p.name not in named]
+    stale += [*folder.glob("*.new"), *(folder / "kept").glob("*.new")]
     for path in stale:
         path.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, instead: str = "restore it from a copy, or start again") -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror}): restore it from a copy, or start again") from error
+        raise RunError(f"{path} cannot be read ({error.strerror}): {instead}") from error
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_state(path: Path, sha256: str | None) -> State:
+    data = _read(path)
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise RunError(
+            f"{path} is not what the checkpoint names (its sha256 differs): restore it from a copy, or start again"
+        )
     try:
-        return load_tensors(_read(path))
+        return decode(data)
     except Exception as error:  # safetensors raises its own error class
         raise RunError(f"{path} is damaged ({error}): restore it from a copy, or start the run again") from error

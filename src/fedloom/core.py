@@ -196,6 +196,8 @@ class Method(ABC):
     name: ClassVar[str]
     paper: ClassVar[str]
     """Authors, title, arXiv id."""
+    group: ClassVar[str] = "averaging"
+    """The heading under which `fedloom methods` lists it."""
     budgets: ClassVar[frozenset[str]] = frozenset()
     """Which budgets of a client the method itself follows: names of fields of `Client`."""
 
@@ -207,6 +209,11 @@ class Method(ABC):
     @property
     def personal_models(self) -> bool:
         """Every client ends with a model of its own: scores are means over clients."""
+        return False
+
+    @property
+    def serves_personal_models(self) -> bool:
+        """What makes a client's model its own comes from `serve`: a client that keeps nothing has one too."""
         return False
 
     @property
@@ -226,6 +233,10 @@ class Method(ABC):
     @abstractmethod
     def init(self, sites: Sites, rng: torch.Generator) -> State:
         """The server's first state, without the head."""
+
+    def init_from(self, sites: Sites, rng: torch.Generator, weight: Callable[[str], Tensor]) -> State:
+        """What a run asks: `init`, of a method that begins from the frozen weights; weight(site) is (out, in), float32."""
+        return self.init(sites, rng)
 
     @abstractmethod
     async def server(self, state: State, round: Round) -> State:

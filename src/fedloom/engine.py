@@ -79,7 +79,7 @@ class Engine(Protocol):
         ...
 
     def export(self, method: Method, jobs: Iterable[Job], t: int) -> None:
-        """Write the model of every client that keeps something."""
+        """Write the model of every client that has one of its own: it keeps something, or is served it."""
         ...
 
     def stats(self) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Record:
     @property
     def train_loss(self) -> float | None:
         """Mean of the clients' losses weighted by examples; None if no upload was used."""
-        told = {k: m["loss"] for k, m in self.metrics.items() if "loss" in m}
+        told = {k: m["loss"] for k, m in self.metrics.items() if "loss" in m and m.get("steps") != 0}
         total = sum(self.examples[k] for k in told)
         return sum(self.examples[k] * loss for k, loss in told.items()) / total if total else None
 
@@ -80,7 +80,7 @@ def in_order(results: Iterable[Answer | Failure | Total], ids: Sequence[str]) ->
     for result in results:
         if isinstance(result, Total):
             yield result
-            return
+            continue
         if result.client.id in expected:
             expected.remove(result.client.id)
             waiting[result.client.id] = result
@@ -226,12 +226,16 @@ class _Conversation:
     def mean(self, x: Mean) -> Averaged:
         """The weighted mean of the lifted uploads, one of them held at a time."""
         mean, clients = lora.Mean(), []
-        for result in self.results(x):
+        total: Total | None = None
+        for result in self.results(x):  # to its end, where it is known who is dropped
             if isinstance(result, Total):
-                return _mean_of_total(x, result)
-            mean.add(x.lift(result.client, result.state), x.weight(result.client))
-            clients.append(result.client)
+                total = result
+            else:
+                mean.add(x.lift(result.client, result.state), x.weight(result.client))
+                clients.append(result.client)
             del result
+        if total is not None:
+            return _mean_of_total(x, total)
         return Averaged(mean.value, tuple(clients), mean.weight)
 
 

@@ -67,9 +67,14 @@ class Mean:
                 into[site].lerp_(x, share)
 
 
+def product_square(B: Tensor, A: Tensor) -> Tensor:
+    """Squared Frobenius norm of B @ A from the Gram matrices, O((out + in) r^2); differentiable at zero too."""
+    return ((B.T @ B) * (A @ A.T)).sum().clamp_min(0)
+
+
 def product_norm(B: Tensor, A: Tensor) -> Tensor:
-    """Frobenius norm of B @ A from the Gram matrices, O((out + in) r^2)."""
-    return ((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt()
+    """Frobenius norm of B @ A."""
+    return product_square(B, A).sqrt()
 
 
 def svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,6 +93,20 @@ def svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
     sign[sign == 0] = 1
     return U * sign, S, Vh * sign.T
+
+
+def principal(W: Tensor, rank: int, rng: torch.Generator, passes: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """The first `rank` singular triplets (U, S, Vh) of a dense W (out, in), O(out in rank), by subspace iteration.
+
+    Halko, Martinsson, Tropp, "Finding Structure with Randomness", arXiv 0909.4061, algorithm 4.4: exact to rounding if
+    rank + 10 reaches min(out, in), else as good as the decay of the singular values beyond `rank` makes it.
+    """
+    q = min(rank + 10, *W.shape)
+    Q = torch.linalg.qr(W @ torch.randn(W.shape[1], q, generator=rng).to(W.dtype))[0]
+    for _ in range(passes):
+        Q = torch.linalg.qr(W @ torch.linalg.qr(W.T @ Q)[0])[0]
+    U, S, Vh = svd(Q, Q.T @ W)
+    return U[:, :rank], S[:rank], Vh[:rank]
 
 
 class Stack:

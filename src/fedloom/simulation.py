@@ -95,7 +95,7 @@ class Simulation(Generic[Rows]):
     def export(self, method: Method, jobs: Iterable[Job], t: int) -> None:
         keeping = set(self.client_states.clients())
         for job in jobs:
-            if job[0].id in keeping:
+            if job[0].id in keeping or method.serves_personal_models:
                 self.write(job[0].id, self.model(method, job, t))
 
     def stats(self) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def reject_reason(spec: Spec, state: State, max_norm: float | None = None) -> st
     if missing := spec.keys() - state.keys():
         return f"missing role {', '.join(sorted(missing))}"
     if extra := state.keys() - spec.keys():
-        return f"unexpected role {', '.join(sorted(extra))}"
+        return f"unexpected role {min(extra)}" + (f" ({len(extra)} unexpected)" if len(extra) > 1 else "")
     chosen: dict[str, int] = {}
     square = 0.0
     for role, leaves in spec.items():

@@ -14,6 +14,7 @@ import pytest
 import fedloom
 from fedloom import methods
 from fedloom.cli.main import call
+from fedloom.cli.show import out as console
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -63,16 +64,38 @@ def test_run_evaluate_export_verify_sensitivity(file: Path, tmp_path: Path, caps
     assert call(["resume", run]) == 0
 
 
-def test_methods_lists_all_and_explains_one(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("width", [60, 100, 160])
+def test_methods_are_listed_for_any_terminal(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "width", width)
     assert call(["methods"]) == 0
-    table = capsys.readouterr().out
-    assert all(name in table for name in methods.names())
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    listed = [line.split()[0] for line in lines if line.startswith("  ") and not line.startswith("   ")]
+    assert sorted(listed) == sorted(methods.names()), "each once, its name whole"
+    headings = [line for line in lines if line and not line.startswith(" ")]
+    assert headings[0] == "averaging" and "robust means, over another method" in headings
+
+
+def test_a_method_is_explained_with_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
     for name in methods.names():
         assert call(["methods", name]) == 0
         text = " ".join(capsys.readouterr().out.split())
-        assert "arXiv" in text and "rank" in text and "alpha" in text
+        assert " ".join(methods.get(name).paper.split()) in text and "rank" in text and "alpha" in text
     assert call(["methods", "fslora"]) == 0
-    assert "a random k-subset" in " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.split())
+    assert "a random k-subset" in text and 'sketch "uniform" of "uniform" | "balanced" | "importance"' in text
+    assert "importance_mix 0.5 float, above 0, at most 1" in text
+
+
+def test_methods_as_json_hold_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["methods", "--json"]) == 0
+    said = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
+    assert list(said) == methods.names()
+    assert said["fedex_lora"]["down"] == ["A", "B", "head", "left", "right"]
+    assert call(["methods", "fedex_lora", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == said["fedex_lora"]
 
 
 @pytest.mark.parametrize(

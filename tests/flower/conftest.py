@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from fedloom.flower import coordinator
 from fedloom.flower.sandbox import Deployment
 from fedloom.flower.transport import GridTransport
 from fedloom.runs.flower_node import local_worker
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of workers in this process are there at once: no pause between looks."""
+    monkeypatch.setattr(coordinator, "POLL_S", 0.001)
 
 
 @pytest.fixture(scope="package")

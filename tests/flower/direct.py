@@ -25,6 +25,7 @@ class Direct:
         self.sizes: list[int] = []
         self.tampers: dict[int, Tamper] = {}
         self._ready: list[Reply] = []
+        self._held: list[Reply] = []
 
     def nodes(self) -> list[int]:
         return [node for node in range(len(self.workers)) if node not in self.gone]
@@ -36,10 +37,16 @@ class Direct:
         if self.lost(header):
             raise RoundError("the connection is lost")
         id = f"{node}-{len(self.headers)}"
-        if node not in self.silent:
-            answer = self.workers[node].answer(data)
-            self._ready.append(Reply(id, self.tampers.get(node, lambda header, answer: answer)(header, answer)))
+        answer = self.workers[node].answer(data)
+        reply = Reply(id, self.tampers.get(node, lambda header, answer: answer)(header, answer))
+        (self._held if node in self.silent else self._ready).append(reply)
         return id
+
+    def catch_up(self) -> None:
+        """Nobody is silent any more: what they held back comes now."""
+        self.silent = set()
+        self._ready += self._held
+        self._held = []
 
     def pull(self, ids: list[str]) -> list[Reply]:
         got = [reply for reply in self._ready if reply.id in ids]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,9 +203,31 @@ def test_a_worker_answers_no_message_twice_and_quotes_no_data(settings: Settings
     assert ask(session="a", number=2)["refused"] == "replayed: this session has ended"
     assert "do not live here" in ask(session="b", number=2, do="exchange", clients=["south"])["refused"]
     assert "nothing a node does" in ask(session="b", number=3, do="shell", clients=[])["refused"]
-    assert "no session, number or t" in ask(t="0")["refused"]
+    assert "no session, number, t" in ask(t="0")["refused"]
     assert "no fedloom message" in unpack(worker.answer(b"junk"))[0]["refused"]
     # Rows with a label that the server did not name: an error that would quote it stays here.
     wrong = ask(session="c", setup=setup | {"model": e.base.sha256, "labels": ["only"]})
     worker_says = ask(session="c", number=4, do="exchange", t=1, clients=["north"])
     assert all("person" not in str(said) for said in (wrong, worker_says))
+
+
+def test_a_round_waits_for_nodes_that_are_all_busy_yet(settings: Settings, tmp_path: Path) -> None:
+    values = settings(
+        method={"name": "fedsa_lora"},
+        clients={"count": 2},
+        train={"rounds": 1, "evaluate_every": 0, "local_steps": 1},
+        engine={"name": "flower", "nodes": 2, "deadline_s": 1.0},
+    )
+    link = Direct([Worker(local_node()), Worker(local_node())])
+
+    def slow_to_evaluate(header: dict[str, Any]) -> bool:
+        if header["do"] == "evaluate" and header["t"] == 0:
+            link.silent = {0, 1}
+            threading.Timer(1.5, link.catch_up).start()
+        return False
+
+    link.lost = slow_to_evaluate
+    result = runs.start(parse(values, "test"), tmp_path / "run", transport=link)
+    assert [r["dropped"] for r in result.rounds] == [{}, {}]
+    notes = result.rounds[1]["engine"]["notes"]
+    assert len(notes) >= 2 and any("to round 0 came late" in note for note in notes)

@@ -17,30 +17,22 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
-from fedloom.engines import keeper
-from fedloom.engines.envelope import unpack
-from fedloom.engines.inprocess import InProcess
-from fedloom.engines.link import GridLink
-from fedloom.engines.local import (
-    Keeper,
-    Spec,
-    environment,
-    free_ports,
-    lend,
-    superlink,
-    supernode,
-    wait_for_port,
-    worker,
-)
-from fedloom.runs.assemble import Parts
-from fedloom.runs.directory import RunDirectory
 
 from fedloom import checkpoint
-from fedloom.core import Engine, Failure, Job, Method, State, Upload
+from fedloom.core import Exchange, Failure, Method, Round, State
+from fedloom.engine import Answer, Job, Total
 from fedloom.errors import RoundError
+from fedloom.flower.message import unpack
+from fedloom.flower.sandbox import Deployment, environment, free_ports, lend, superlink, supernode, wait_for_port
+from fedloom.flower.supervisor import Program, Supervisor
+from fedloom.flower.transport import GridTransport
 from fedloom.loop import federate
-from fedloom.runs import session
+from fedloom.runs import run as runs
 from fedloom.runs.config import RunConfig, parse
+from fedloom.runs.experiment import experiment
+from fedloom.runs.flower_node import local_worker
+from fedloom.runs.run_directory import RunDirectory
+from fedloom.simulation import LocalVisits, Simulation
 
 from .middleman import Middleman
 
@@ -60,17 +52,17 @@ class Machines:
         port, *runtime = free_ports(3)
         env = environment(self.folder / "home")
         self.middle = [Middleman(self.folder / f"m{k}", self.folder / f"w{k}") for k in range(2)]
-        specs = [Spec("superlink", superlink(port), env)]
+        programs = [Program("superlink", superlink(port), env)]
         for k in range(2):
-            specs.append(Spec(f"supernode-{k}", supernode(port, runtime[k], self.folder / f"m{k}"), env))
-            specs.append(Spec(f"worker-{k}", worker(self.folder / f"w{k}", 1), env))
-        self.keeper = Keeper(specs, logs)
-        wait_for_port(port, lambda: self.keeper.running("superlink"), "the SuperLink")
-        self.link = lend(f"127.0.0.1:{port}", self.folder / "home", self.folder / "link")
+            programs.append(Program(f"supernode-{k}", supernode(port, runtime[k], self.folder / f"m{k}"), env))
+            programs.append(Program(f"worker-{k}", local_worker(self.folder / f"w{k}", 1), env))
+        self.supervisor = Supervisor(programs, logs)
+        wait_for_port(port, lambda: self.supervisor.running("superlink"), "the SuperLink")
+        self.transport = lend(f"127.0.0.1:{port}", self.folder / "home", self.folder / "link")
 
     def close(self) -> None:
-        self.link.close()
-        self.keeper.close()
+        self.transport.close()
+        self.supervisor.close()
         for middle in self.middle:
             middle.close()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -87,24 +79,29 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     torch.set_num_threads(before)
 
 
-class Absent:
+class Absent(Simulation[Any]):
     """The same participation in this process: some clients are missing in some rounds."""
 
-    def __init__(self, inner: Engine, missing: dict[int, set[str]]) -> None:
-        self.inner, self.missing = inner, missing
+    missing: dict[int, set[str]]
 
-    def run(self, method: Method, jobs: Iterable[Job], t: int) -> Iterator[Upload | Failure]:
-        gone = self.missing.get(t, set())
+    def visits(self, method: Method, round: Round) -> LocalVisits[Any]:
+        return _AbsentVisits(self, method, round)
+
+
+class _AbsentVisits(LocalVisits[Any]):
+    def exchange(self, jobs: Iterable[Job], x: Exchange[Any]) -> Iterator[Answer | Failure | Total]:
+        assert isinstance(self.engine, Absent)
+        gone = self.engine.missing.get(self.round.t, set())
         every = list(jobs)
         yield from (Failure(client, "missing") for client, _ in every if client.id in gone)
-        yield from self.inner.run(method, [job for job in every if job[0].id not in gone], t)
+        yield from super().exchange([job for job in every if job[0].id not in gone], x)
 
 
 def reference(config: RunConfig, missing: dict[int, set[str]]) -> State:
-    parts = Parts(config)
-    own = InProcess(parts.trainer, parts.sites, parts.rows_of, fresh=parts.head, cohort=1)
-    engine = Absent(own, missing)
-    return federate(parts.method, engine, parts.initial_state(), parts.clients, config.train.rounds)
+    e = experiment(config)
+    engine = Absent(e.trainer, e.sites, e.rows_of, fresh=e.head, cohort=1)
+    engine.missing = missing
+    return federate(e.method, engine, e.initial_state(), e.clients, config.train.rounds)
 
 
 def same(a: State, b: State) -> bool:
@@ -163,7 +160,7 @@ def test_bad_uploads_are_dropped_with_their_reason_and_nothing_else_changes(
     )
     config = parse(values, "test")
     start = time.monotonic()
-    result = session.start(config, tmp_path / "run", link=machines.link)
+    result = runs.start(config, tmp_path / "run", transport=machines.transport)
     records = result.rounds
     by_round = {r["round"]: r["dropped"] for r in records}
     assert len(by_round[1]) == 2 and all("sha256" in why for why in by_round[1].values())
@@ -192,8 +189,8 @@ def test_a_quorum_that_is_missed_stops_the_run_at_its_checkpoint(
         engine={"name": "flower", "deadline_s": 30.0, "quorum": 2},
     )
     with pytest.raises(RoundError, match=r"0 of 2 clients sent a usable update.*sha256.*checkpoint of round 0"):
-        session.start(parse(values, "test"), tmp_path / "run", link=machines.link)
-    result = session.resume(tmp_path / "run", link=machines.link)
+        runs.start(parse(values, "test"), tmp_path / "run", transport=machines.transport)
+    result = runs.resume(tmp_path / "run", transport=machines.transport)
     assert [r["round"] for r in result.rounds] == [0, 1] and result.rounds[1]["dropped"] == {}
 
 
@@ -201,7 +198,9 @@ def test_a_killed_node_costs_one_deadline_and_its_clients_go_on(
     machines: Machines, settings: Settings, tmp_path: Path
 ) -> None:
     def killing(message: bytes, worker: Callable[[bytes], bytes]) -> bytes:
-        os.kill(machines.keeper.ids["supernode-1"], signal.SIGKILL)
+        pid = machines.supervisor.ids["supernode-1"]
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
         return worker(message)
 
     machines.middle[0].rules, machines.middle[1].rules = [], [killing]
@@ -212,7 +211,7 @@ def test_a_killed_node_costs_one_deadline_and_its_clients_go_on(
         engine={"name": "flower", "cohort": 1, "deadline_s": 10.0},
     )
     config = parse(values, "test")
-    result = session.start(config, tmp_path / "run", link=machines.link)
+    result = runs.start(config, tmp_path / "run", transport=machines.transport)
     dropped = {r["round"]: r["dropped"] for r in result.rounds}
     assert sorted(dropped[1].values()) == ["late: no answer within 10 s"] * 2
     assert dropped[2] == dropped[3] == {}
@@ -292,7 +291,7 @@ def test_a_killed_server_leaves_nothing_running_and_resumes_to_the_same_bytes(
         subprocess.run(command("resume", str(started.run)), env=started.env, cwd=tmp_path, check=True, timeout=180)
         started.nothing_left()
         run = started.run
-    undisturbed = session.start(parse(values | {"engine": {"cohort": 1, "threads": 1}}, "test"), tmp_path / "other")
+    undisturbed = runs.start(parse(values | {"engine": {"cohort": 1, "threads": 1}}, "test"), tmp_path / "other")
     assert [r["dropped"] for r in RunDirectory(run).rounds()] == [{}] * len(undisturbed.rounds)
     ours = {p.relative_to(run): p.read_bytes() for p in run.glob("**/adapter_model.safetensors")}
     theirs = {
@@ -312,26 +311,52 @@ def test_an_interrupted_run_stops_everything_it_started(settings: Settings, tmp_
         assert running_with(started.sockets) == []  # at once, not after a while
 
 
-def test_the_keeper_ends_what_it_started_and_nothing_else(tmp_path: Path) -> None:
-    other = subprocess.Popen(["sleep", "60"])
-    started = Keeper([Spec("child", ["bash", "-c", "setsid sleep 60 & sleep 60"])], tmp_path)
-    time.sleep(0.3)
-    mark = dict(
-        line.split("=", 1)
-        for line in Path(f"/proc/{started.ids['child']}/environ").read_text().split("\0")
-        if line.startswith(keeper.MARK)
-    )[keeper.MARK]
-    assert len(keeper.marked(mark)) == 3
-    started.close()
-    assert keeper.marked(mark) == [] and other.poll() is None
-    other.kill()
-    other.wait()
-
-
 def test_a_link_that_is_lost_says_so() -> None:
     from multiprocessing.connection import Pipe
 
     ours, theirs = Pipe()
     theirs.close()
     with pytest.raises(RoundError, match="connection to the SuperLink is lost"):
-        GridLink(ours).nodes()
+        GridTransport(ours).nodes()
+
+
+def test_a_link_whose_process_ended_is_noticed_at_once() -> None:
+    from multiprocessing.connection import Pipe
+
+    ours, theirs = Pipe()
+    start = time.monotonic()
+    with pytest.raises(RoundError, match="its process has ended"):
+        GridTransport(ours, alive=lambda: False).nodes()
+    assert time.monotonic() - start < 5
+    theirs.close()
+
+
+def test_a_dead_worker_lives_again_and_a_dead_superlink_is_noticed_at_once(settings: Settings, tmp_path: Path) -> None:
+    pytest.importorskip("flwr")
+    values = settings(
+        method={"name": "fedsa_lora"},
+        clients={"count": 2},
+        train={"rounds": 4, "evaluate_every": 0, "local_steps": 2},
+        engine={"name": "flower", "cohort": 1, "threads": 1, "deadline_s": 60.0, "nodes": 2},
+    )
+    config = parse(values, "test")
+    with Deployment(2, tmp_path / "logs", lambda path: local_worker(path, 1)) as deployment:
+        transport = deployment.connect()
+        kills = {1: "worker-0", 3: "superlink"}
+
+        class Killer(runs.Observer):
+            def round(self, record: dict[str, Any]) -> None:
+                pid = deployment.supervisor.ids.get(kills.pop(record["round"], ""))
+                if pid is not None:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(time.monotonic())
+
+        killed: list[float] = []
+        with pytest.raises(RoundError, match=r"connection to the SuperLink is lost.*resume"):
+            runs.start(config, tmp_path / "run", Killer(), transport)
+        assert time.monotonic() - killed[1] < 30
+        transport.close()
+    records = RunDirectory(tmp_path / "run").rounds()
+    # The worker is there again before the message is, or a round later.
+    assert [r["round"] for r in records] == [0, 1, 2, 3] and records[3]["dropped"] == {}
+    assert not deployment.folder.exists()

@@ -21,6 +21,7 @@ from .direct import Direct
 from .toys import TooLong, TooShort, ToyNode, TwoSteps, Uneven, coordinator, nodes, sites
 
 ROUNDS = 3
+pytestmark = pytest.mark.usefixtures("at_once")
 CLIENTS = [Client(key, n, 4) for key, n in EXAMPLES.items()]
 
 

@@ -112,6 +112,63 @@ def controlled(client: Client, t: int, received: State) -> tuple[int, int]:
     return 2 * down + HEAD_BYTES, 2 * up + HEAD_BYTES
 
 
+def alternating(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Both factors down; up B in odd rounds and A in even ones."""
+    return factors(client, t, received)[0], 4 * client.rank * (OUTS if t % 2 else INS)
+
+
+def turned(client: Client, t: int, received: State) -> tuple[int, int]:
+    """B both ways; down the (r, r) turn of A and the seed of its basis."""
+    up = 4 * client.rank * OUTS
+    return up + len(SITES) * 4 * client.rank**2 + 8, up
+
+
+def seeded_cores(client: Client, t: int, received: State) -> tuple[int, int]:
+    """The (r, r) cores both ways, and the seed of their bases down."""
+    n = len(SITES) * 4 * client.rank**2
+    return n + 8, n
+
+
+def cores(client: Client, t: int, received: State) -> tuple[int, int]:
+    """The cores both ways and their bases down; in round 1 a start from a seed, and the dense gradient up, besides."""
+    n = len(SITES) * 4 * client.rank**2
+    bases = factors(client, t, received)[0]
+    return (n + bases, n) if t > 1 else (2 * n + bases + 8, n + sum(4 * m * n for m, n in SITES.values()))
+
+
+def heads(count: int) -> Payload:
+    """All heads and a seed down; those that the client's rank pays for up, and which they are."""
+
+    def payload(client: Client, t: int, received: State) -> tuple[int, int]:
+        one, mine = 4 * (RANK // count) ** 2, max(1, client.rank * count // RANK)
+        return len(SITES) * count * one + 8, len(SITES) * mine * (one + 8)
+
+    return payload
+
+
+def sketched(more: int) -> Payload:
+    """Factors, a seed and Q down, Y and Z up."""
+
+    def payload(client: Client, t: int, received: State) -> tuple[int, int]:
+        width = {site: min(client.rank + more, *shape) for site, shape in SITES.items()}
+        Y, Z = (sum(4 * SITES[site][side] * q for site, q in width.items()) for side in (0, 1))
+        return factors(client, t, received)[0] + 8 + Y, Y + Z
+
+    return payload
+
+
+def summed(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Sums of factors down and changes up, each with a count of clients; a seed down."""
+    n = factors(client, t, received)[0] + 4
+    return n + 8, n
+
+
+def placed(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Both factors; down how often to train, if the client is new."""
+    down, up = factors(client, t, received)
+    return down + 8 * ("new" in received), up
+
+
 @dataclass(frozen=True)
 class Case:
     """A method's table, the clients' budgets where they are not full, and what tests must know of it."""
@@ -133,8 +190,18 @@ class Case:
     """Six rounds of the toy lower its loss."""
     each: bool = False
     """The server reads every upload, in some round: no sum will do."""
+    start_error: float = 0.0
+    """How far from the original model a start may be: rounding, where weights are taken apart."""
+    at_most: bool = False
+    """The payload is a bound of what comes up: the client chooses what it sends, and nobody remembers it."""
     replaces: bool = True
     """What one client trained is the next state; a server optimiser moves towards it instead."""
+    exchanges: int = 1
+    """Of the first round."""
+    adds: bool = False
+    """The server adds up what clients change: three uploads count for more than one."""
+    integers: bool = False
+    """Uploads hold indices: no sum will do."""
 
     def lora(self) -> dict[str, Any]:
         """[lora]. Alpha is not the rank, so that a forgotten scale shows."""
@@ -208,6 +275,8 @@ CASES = [
         each=True,
     ),
     Case("fedlodrop, official code over fslora", _of("fedlodrop", "fslora", mode="official_code"), MIXED, KEEPS, _SEED),
+    Case("fslora over fedlodrop", _of("fslora", _of("fedlodrop", law="exact")), MIXED, KEEPS, kept_part(16)),
+    Case("fslora over fedadam", _of("fslora", _of("fedadam", lr=0.02)), MIXED, payload=_SEED, replaces=False),
     Case("fedlora_optimizer", _of("fedlora_optimizer"), payload=turns, each=True),
     Case(
         "fedlora_optimizer, factors, row",
@@ -247,8 +316,128 @@ CASES = [
         kept_part(16),
         replaces=False,
     ),
+    # alternation and alignment
+    Case("rolora", _of("rolora"), payload=alternating),
+    Case("fedrot_lora", _of("fedrot_lora")),
+    Case("fedrot_lora, hard", _of("fedrot_lora", rotation=1.0)),
+    Case("fedrot_lora, A alone", _of("fedrot_lora", align="A")),
+    Case("lora_fair", _of("lora_fair", weight=0.001), each=True),
+    Case("fedsvd", _of("fedsvd"), payload=turned),
+    Case("fedsvd, orthonormal, every second round", _of("fedsvd", a_init="orthonormal", every=2), payload=turned),
+    # small cores
+    Case("fed_sb", _of("fed_sb"), payload=cores, one_phase=False, exchanges=2),
+    Case("fed_sb, seed", _of("fed_sb", start="seed"), payload=seeded_cores),
+    Case("ravan", _of("ravan", heads=2), MIXED, payload=heads(2), integers=True),
+    Case(
+        "ravan, random", _of("ravan", choose="random", bases="normal", heads=2), MIXED, payload=heads(2), integers=True
+    ),
+    Case("ravan, gradient", _of("ravan", choose="gradient"), MIXED, payload=heads(4), one_phase=False, integers=True),
+    Case("fedask", _of("fedask"), payload=sketched(0), exchanges=2),
+    Case("fedask, B alone, oversampled", _of("fedask", train="B", oversample=1), payload=sketched(1), exchanges=2),
+    # personal models
+    Case("feddpa_f", _of("feddpa_f", mix=0.3)),
+    Case("fedalt", _of("fedalt"), payload=summed, head=False, adds=True),
+    Case("fedalt, fixed", _of("fedalt", mixer="fixed", mix=0.6), payload=summed, head=False, adds=True),
+    Case(
+        "pf2lora_first_order",
+        _of("pf2lora_first_order", own_rank=1, own_lr=20.0),
+        payload=plus_down(factors, 8),
+        one_phase=False,
+    ),
+    Case(
+        "fedlease_clusters",
+        _of("fedlease_clusters", warmup=2, most=3),
+        payload=placed,
+        head=False,
+        one_phase=False,
+        each=True,
+    ),
 ]
 """Every method, each of its options at least once, and the compositions."""
+
+
+def merged(seed: int) -> Payload:
+    """The offset that the client received and a seed down; both factors at its own rank up."""
+
+    def payload(client: Client, t: int, received: State) -> tuple[int, int]:
+        offset = sum(4 * x.numel() for role in ("left", "right") for x in received.get(role, {}).values())
+        return offset + seed, factors(client, t, received)[1]
+
+    return payload
+
+
+def plus_offset(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Both factors; the offset that the client received down besides."""
+    down, up = factors(client, t, received)
+    return down + merged(0)(client, t, received)[0], up
+
+
+# Sums of products: where the tail goes.
+CASES += [
+    Case("flora", _of("flora"), MIXED, payload=merged(8), each=True),
+    Case("flora, rslora", _of("flora"), MIXED, payload=merged(8), rslora=True, each=True),
+    Case("florist", _of("florist", energy=1.0), MIXED, payload=merged(8), each=True),
+    Case("florist, continue", _of("florist", start="continue", energy=1.0), MIXED, each=True),
+    Case("fedmomentum", _of("fedmomentum"), payload=plus_offset, each=True),
+    Case("fedmomentum, less energy", _of("fedmomentum", energy=0.9), payload=plus_offset, each=True),
+    Case("frlora", _of("frlora"), payload=plus_offset, start_error=1e-6),
+    Case("eclora", _of("eclora"), MIXED, each=True),
+    Case("flexlora, error", _of("flexlora", tail="error"), MIXED, each=True),
+    Case("flexlora, server", _of("flexlora", tail="server"), MIXED, each=True),
+]
+
+
+def whole_down(client: Client, t: int, received: State) -> tuple[int, int]:
+    """All ranks of both factors and a seed down, the client's own ranks up."""
+    return 4 * RANK * (OUTS + INS) + 8, factors(client, t, received)[1]
+
+
+def chosen_ranks(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Both factors whole down; up the client's number of ranks over all layers of one of them and their indices, at most."""
+    largest = max(m if t % 2 else n for m, n in SITES.values())
+    return 4 * RANK * (OUTS + INS), client.rank * len(SITES) * 4 * (largest + 1)
+
+
+def with_magnitudes(client: Client, t: int, received: State) -> tuple[int, int]:
+    """Both factors and a magnitude for each rank, both ways."""
+    down, up = factors(client, t, received)
+    return down + 4 * client.rank * len(SITES), up + 4 * client.rank * len(SITES)
+
+
+# Unequal ranks.
+CASES += [
+    Case(
+        "lora_a2",
+        _of("lora_a2", probe_steps=2),
+        MIXED,
+        payload=chosen_ranks,
+        one_phase=False,
+        each=True,
+        at_most=True,
+    ),
+    Case(
+        "lora_a2, head",
+        _of("lora_a2", train_head=True, lr_ratio=1.0),
+        MIXED,
+        payload=chosen_ranks,
+        one_phase=False,
+        each=True,
+        at_most=True,
+    ),
+    Case("fedrora", _of("fedrora", lr_ratio=5.0), MIXED, payload=with_magnitudes, each=True),
+    Case(
+        "fedrora, head, signed",
+        _of("fedrora", train_head=True, top="signed", lr_ratio=5.0),
+        MIXED,
+        payload=with_magnitudes,
+        each=True,
+    ),
+    Case("zero_padding", _of("zero_padding"), MIXED),
+    Case("replication_padding", _of("replication_padding"), MIXED),
+    Case("raflora", _of("raflora"), MIXED, each=True),
+    Case("raflora, rslora", _of("raflora"), MIXED, rslora=True, each=True),
+    Case("fed_plora", _of("fed_plora"), MIXED, payload=whole_down),
+]
 
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {name: (_of(name), {}) for name in names()} | {
     "hetlora": (_of("hetlora"), {"ranks": [1, 2, 4]}),
@@ -260,6 +449,11 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {name: (_of(name), {}) 
     "fedlodrop-over-fslora": (_of("fedlodrop", "fslora"), {"ranks": [1, 2, 4], "keep": [0.5, 0.75, 1.0]}),
 }
 """[method] and [clients] of the whole runs that every engine must do alike."""
+
+RUNS |= {
+    name: (_of(name), {"ranks": [1, 2, 4]})
+    for name in ("flora", "zero_padding", "replication_padding", "raflora", "fed_plora", "lora_a2", "fedrora", "eclora")
+}
 
 
 def sections(case: str) -> dict[str, dict[str, Any]]:
@@ -273,7 +467,7 @@ SERVER = Client("server", 16, RANK)
 
 def start(method: Method, seed: int = 0, dtype: torch.dtype = torch.float32) -> State:
     """The server's first state with the head that all clients begin with."""
-    state = method.init(SITES, generator(seed, "init"))
+    state = method.init_from(SITES, generator(seed, "init"), lambda site: frozen()[site].float())
     return cast(state | {"head": first_head()}, dtype)
 
 
@@ -307,15 +501,24 @@ def frozen() -> Group:
 
 
 def update(work: Work, train: State | None = None) -> Group:
-    """What a work adds to each frozen weight, dense: offset + scale * B @ A."""
+    """What a work adds to each frozen weight, dense: offset + scale * B @ A; where a gate is, at an input of zero."""
     made = work.adapter(work.train if train is None else train, work.fixed)
-    assert made.gate is None, "the toy has no gates"
+    if made.gate is not None:
+        made = made._replace(B={site: B / len(made.gate[site]) for site, B in made.B.items()})
     dtype = max((x.dtype for x in (*made.A.values(), *made.B.values())), key=lambda kind: kind.itemsize)
     delta = {site: work.scale * (made.B[site].to(dtype) @ A.to(dtype)) for site, A in made.A.items()}
     for site, left in work.base.get("left", {}).items():
         right = work.base.get("right", {}).get(site)
         delta[site] = delta[site] + (left if right is None else left @ right)
     return delta
+
+
+def gated(work: Work, train: State, site: str, x: Tensor) -> Tensor:
+    """scale * B diag(softmax(gate x)) A x for rows x."""
+    A, B, gate = work.adapter(train, work.fixed)
+    assert gate is not None and not work.base
+    weights = (x @ gate[site].T).softmax(-1).repeat_interleave(len(A[site]) // len(gate[site]), -1)
+    return work.scale * (x @ A[site].T * weights) @ B[site].T
 
 
 @dataclass
@@ -336,10 +539,10 @@ class ToyTrainer:
     def loss(self, work: Work, train: State, data: Rows) -> Tensor:
         """Mean squared error of the toy model that `work` describes with `train` in place of its own leaves."""
         delta = update(work, train)
-        dtype = next(iter(delta.values())).dtype
+        dtype, gate = next(iter(delta.values())).dtype, work.adapter(train, work.fixed).gate
         x, y = (torch.from_numpy(part).to(dtype) for part in data)
         for site, W in frozen().items():
-            x = torch.tanh(x @ (W.to(dtype) + delta[site]).T)
+            x = torch.tanh(x @ W.to(dtype).T + (x @ delta[site].T if gate is None else gated(work, train, site, x)))
         head = train.get("head") or work.fixed.get("head") or first_head()
         error: Tensor = (x @ head["head.weight"].to(dtype).T + head["head.bias"].to(dtype) - y).square().mean()
         return error
@@ -524,3 +727,96 @@ def ideal(sent: Sequence[Sent], scale: Callable[[Client], float]) -> Group:
             term = client.examples / total * scale(client) * state["B"][site] @ A
             out[site] = out.get(site, torch.zeros(())) + term
     return out
+
+
+# wrappers over any method
+
+
+def with_tau(client: Client, t: int, received: State) -> tuple[int, int]:
+    """The factors, and up the sum of the learning rates."""
+    return plus_up(factors, 4)(client, t, received)
+
+
+def plus_up(inner: Payload, more: int) -> Payload:
+    """A number or two, up alone."""
+    return lambda client, t, received: (inner(client, t, received)[0], inner(client, t, received)[1] + more)
+
+
+def quantised(bits: int) -> Payload:
+    """Down as ever; up `bits` a number and 4 bytes a tensor, of the head too."""
+
+    def payload(client: Client, t: int, received: State) -> tuple[int, int]:
+        down, _ = factors(client, t, received)
+        sizes = [x.numel() for role in ("A", "B", "head") for x in received[role].values()]
+        return down, sum((n * bits + 7) // 8 + 4 for n in sizes) - HEAD_BYTES
+
+    return payload
+
+
+CASES += [
+    Case("fedprox, product", _of("fedprox", mu=0.5, of="product")),
+    Case("fedprox, product over fslora", _of("fedprox", "fslora", mu=0.5, of="product"), MIXED, payload=_SEED),
+    Case("fedprox, product over feddpa", _of("fedprox", "feddpa", mu=0.5, of="product"), one_phase=False),
+    Case("fednova", _of("fednova"), payload=with_tau, replaces=False),
+    Case("fednova over fslora", _of("fednova", "fslora"), MIXED, payload=plus_up(_SEED, 4), replaces=False),
+    Case("fedadam over fednova", _of("fedadam", "fednova", lr=0.02), payload=with_tau, replaces=False),
+    Case("clip_updates", _of("clip_updates", norm=0.3), replaces=False),
+    Case(
+        "clip_updates over ffa_lora",
+        _of("clip_updates", "ffa_lora", norm=0.3),
+        MIXED,
+        payload=one_factor(OUTS, 8),
+        replaces=False,
+    ),
+    Case("scaffold over clip_updates", _of("scaffold", "clip_updates"), payload=controlled),
+    Case("quantise", _of("quantise"), payload=quantised(8), each=True, replaces=False),
+    Case(
+        "quantise, 4 bits, stochastic",
+        _of("quantise", bits=4, rounding="stochastic"),
+        payload=quantised(4),
+        each=True,
+        replaces=False,
+    ),
+    Case(
+        "quantise over fedex_lora",
+        _of("quantise", "fedex_lora"),
+        payload=with_offset(quantised(8)),
+        each=True,
+        replaces=False,
+    ),
+    Case("median", _of("median"), each=True),
+    Case("median over ffa_lora", _of("median", "ffa_lora"), MIXED, payload=one_factor(OUTS, 8), each=True),
+    Case("trimmed_mean", _of("trimmed_mean", trim=0.3), each=True),
+    Case("multi_krum", _of("multi_krum"), each=True),
+    Case("norm_filter", _of("norm_filter"), each=True),
+    Case("fedawa", _of("fedawa", steps=3, lr=0.1), each=True),
+    Case("fedawa over fslora", _of("fedawa", "fslora"), MIXED, payload=_SEED, each=True),
+    Case("scaffold over median", _of("scaffold", "median"), payload=controlled, each=True),
+]
+
+
+# sparse
+
+
+def sparse(down: float, up: float) -> Payload:
+    """The values, and a bit for every entry of the factors."""
+
+    def payload(client: Client, t: int, received: State) -> tuple[int, int]:
+        n = RANK * (OUTS + INS)
+        kept_down, kept_up = (max(1, int(n * share)) for share in (down, up))
+        return 4 * kept_down + (n + 7) // 8, 4 * kept_up + (n + 7) // 8
+
+    return payload
+
+
+CASES += [
+    Case("flasc", _of("flasc", down=0.8, up=0.5), payload=sparse(0.8, 0.5), each=True, replaces=False),
+    Case("flasc, dense", _of("flasc", down=1.0, up=1.0), payload=sparse(1, 1), each=True, replaces=False),
+    Case(
+        "fedadam over flasc",
+        _of("fedadam", _of("flasc", down=0.8, up=0.5), lr=0.02),
+        payload=sparse(0.8, 0.5),
+        each=True,
+        replaces=False,
+    ),
+]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedloom import slices
-from fedloom.core import Client, State, Visit
+from fedloom.core import Client, State, Trained, Visit
 from fedloom.errors import ConfigError
 from fedloom.loop import federate, one_round
 from fedloom.methods import build

@@ -7,23 +7,38 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedloom import dora, lora
-from fedloom.core import Client, State, Upload, Work
+from fedloom import dora
+from fedloom.core import Client, State, Upload, Visit, Work
 from fedloom.dora import AXES
 from fedloom.errors import ConfigError
 from fedloom.loop import federate, one_round
 from fedloom.methods import build
 from fedloom.methods.fedlora_optimizer import FedLoRAOptimizer, product_error
+from fedloom.rng import generator
 
-from .cases import EXAMPLES, SERVER, SITES, Case, ToyTrainer, engine, rows, start, update
+from .cases import (
+    EXAMPLES,
+    SITES,
+    Case,
+    Sent,
+    ToyTrainer,
+    after,
+    engine,
+    first_work,
+    received,
+    rows,
+    start,
+    update,
+)
 
 DOUBLE = torch.float64
 CLIENT = Client("a", 12, 4)
+PLAIN = Case("", {"name": "fedit"})
 conventions = pytest.mark.parametrize("convention", AXES)
 
 
-def method(**fields: Any) -> FedLoRAOptimizer:
-    made = build("fedlora_optimizer", **({"rank": 4, "alpha": 6.0} | fields))
+def method(rank: int = 4, **fields: Any) -> FedLoRAOptimizer:
+    made = build({"name": "fedlora_optimizer", **fields}, {"rank": rank, "alpha": 6.0})
     assert isinstance(made, FedLoRAOptimizer)
     return made
 
@@ -31,23 +46,45 @@ def method(**fields: Any) -> FedLoRAOptimizer:
 def server(dtype: torch.dtype = DOUBLE) -> State:
     state = start(method(), dtype=dtype)
     state["B"] = {
-        s: torch.randn(x.shape, generator=lora.generator(s), dtype=DOUBLE).to(dtype) for s, x in state["B"].items()
+        s: torch.randn(x.shape, generator=generator(s), dtype=DOUBLE).to(dtype) for s, x in state["B"].items()
     }
     return state
 
 
 def work(m: FedLoRAOptimizer, state: State, t: int, client: Client = CLIENT) -> Work:
-    return m.prepare(m.broadcast(state, client, t), {}, SITES, client, t)
+    """The work of a visit in round t."""
+    return first_work(m, received(m, state, client, t), client, t)
 
 
-def local(m: FedLoRAOptimizer, state: State, client: Client = CLIENT) -> Work:
-    made = m.personalise(m.broadcast(state, client, 1), {}, SITES, client)
-    assert made is not None
-    return made
+def model(m: FedLoRAOptimizer, state: State, own: State | None = None, client: Client = CLIENT) -> Work:
+    """The model of a client that keeps `own`."""
+    return m.model(m.serve(state, client), own or {}, Visit(9, client, SITES))
 
 
-def upload(k: str, n: int, A: list[list[float]], B: list[list[float]]) -> Upload:
-    return Upload(Client(k, n, 1), {"A": {"s": torch.tensor(A)}, "B": {"s": torch.tensor(B)}}, 1)
+def local(m: FedLoRAOptimizer, state: State, client: Client = CLIENT, own: State | None = None) -> Work:
+    """The work of the local phase."""
+    flow = m.personal(m.serve(state, client), own or {}, Visit(9, client, SITES))
+    asked = flow.send(None)
+    flow.close()
+    assert isinstance(asked, Work)
+    return asked
+
+
+def personal(m: FedLoRAOptimizer, state: State, trainer: ToyTrainer, client: Client = CLIENT) -> State:
+    """What the client keeps after its local phase."""
+    at = engine(trainer)
+    (answer,) = at.personal(m, [(client, m.serve(state, client))], 9)
+    assert answer.client == client and getattr(answer, "state", None) == {}, "nothing of it is sent"
+    return at.own(client.id)
+
+
+def upload(k: str, n: int, A: list[list[float]], B: list[list[float]]) -> Sent:
+    return Client(k, n, 1), {"A": {"s": torch.tensor(A)}, "B": {"s": torch.tensor(B)}}
+
+
+def error(sent: list[Sent], state: State) -> float:
+    """(13) of these uploads."""
+    return float(product_error([Upload(client, x, client.examples) for client, x in sent], state))
 
 
 ZERO: State = {"A": {"s": torch.zeros(1, 2)}, "B": {"s": torch.zeros(2, 1)}}
@@ -59,32 +96,33 @@ ZERO: State = {"A": {"s": torch.zeros(1, 2)}, "B": {"s": torch.zeros(2, 1)}}
 def test_components_by_hand() -> None:
     """(12a), `rank`: A lengths 5 and 10 (weights 3/4, 1/4) and directions [.6 .8] and [1 0], B lengths 2 and 4."""
     every = [upload("a", 3, [[3.0, 4.0]], [[2.0], [0.0]]), upload("b", 1, [[10.0, 0.0]], [[0.0], [4.0]])]
-    raw = method(rank=1, convention="rank", renorm_after_average=False).aggregate(ZERO, every)
+    raw = after(method(rank=1, convention="rank", renorm_after_average=False), ZERO, every)
     torch.testing.assert_close(raw["A"]["s"], 6.25 * torch.tensor([[0.7, 0.6]]))
     torch.testing.assert_close(raw["B"]["s"], 2.5 * torch.tensor([[0.75], [0.25]]))
-    unit = method(rank=1, convention="rank").aggregate(ZERO, every)
+    unit = after(method(rank=1, convention="rank"), ZERO, every)
     torch.testing.assert_close(unit["A"]["s"], 6.25 * torch.tensor([[0.7, 0.6]]) / math.hypot(0.7, 0.6))
     torch.testing.assert_close(unit["B"]["s"], 2.5 * torch.tensor([[0.75], [0.25]]) / math.hypot(0.75, 0.25))
 
 
 def test_factors_by_hand() -> None:
     every = [upload("a", 3, [[3.0, 4.0]], [[2.0], [0.0]]), upload("b", 1, [[10.0, 0.0]], [[0.0], [4.0]])]
-    after = method(rank=1, average="factors").aggregate(ZERO, every)
-    torch.testing.assert_close(after["A"]["s"], torch.tensor([[4.75, 3.0]]))
-    torch.testing.assert_close(after["B"]["s"], torch.tensor([[1.5], [1.0]]))
+    report: dict[str, float] = {}
+    new = after(method(rank=1, average="factors"), ZERO, every, report=report)
+    torch.testing.assert_close(new["A"]["s"], torch.tensor([[4.75, 3.0]]))
+    torch.testing.assert_close(new["B"]["s"], torch.tensor([[1.5], [1.0]]))
     #  sum p B A = [4.5 6; 10 0], mean(B) mean(A) = [7.125 4.5; 4.75 3]
     want = torch.tensor([[4.5 - 7.125, 6 - 4.5], [10 - 4.75, -3.0]]).norm() / torch.tensor([4.5, 6, 10]).norm()
-    torch.testing.assert_close(after["report"]["product_error"], want)
-    torch.testing.assert_close(product_error(every, after), want)
+    assert report["product_error"] == pytest.approx(want.item(), rel=1e-6)
+    assert error(every, new) == pytest.approx(want.item(), rel=1e-6)
 
 
 def test_two_clients_at_a_right_angle() -> None:
     """Without renormalisation the mean direction has length sqrt(1/2), with it one."""
     every = [upload("a", 1, [[1.0, 0.0]], [[1.0], [0.0]]), upload("b", 1, [[0.0, 1.0]], [[0.0], [1.0]])]
     for renorm, length in ((False, math.sqrt(0.5)), (True, 1.0)):
-        after = method(rank=1, convention="rank", renorm_after_average=renorm).aggregate(ZERO, every)
-        assert after["A"]["s"].norm().item() == pytest.approx(length, rel=1e-6)
-        assert after["B"]["s"].norm().item() == pytest.approx(length, rel=1e-6)
+        new = after(method(rank=1, convention="rank", renorm_after_average=renorm), ZERO, every)
+        assert new["A"]["s"].norm().item() == pytest.approx(length, rel=1e-6)
+        assert new["B"]["s"].norm().item() == pytest.approx(length, rel=1e-6)
 
 
 @conventions
@@ -92,12 +130,13 @@ def test_two_clients_at_a_right_angle() -> None:
 def test_identical_clients_and_one_client_give_the_common_adapter(convention: str, fields: dict[str, Any]) -> None:
     m, state = method(convention=convention, **fields), server()
     for count in (1, 3):
-        every = [Upload(Client(str(i), 3 + i, 4), state, 1) for i in range(count)]
-        after = m.aggregate(state, every)
+        every: list[Sent] = [(Client(str(i), 3 + i, 4), state) for i in range(count)]
+        report: dict[str, float] = {}
+        new = after(m, state, every, report=report)
         for role in "AB":
             for site in SITES:
-                torch.testing.assert_close(after[role][site], state[role][site], rtol=1e-12, atol=1e-14)
-        assert after["report"]["product_error"] < 1e-6
+                torch.testing.assert_close(new[role][site], state[role][site], rtol=1e-12, atol=1e-14)
+        assert report["product_error"] < 1e-6
 
 
 # the two phases
@@ -106,9 +145,9 @@ def test_identical_clients_and_one_client_give_the_common_adapter(convention: st
 @conventions
 def test_nothing_moves_at_the_start_of_a_phase(convention: str) -> None:
     m, state = method(convention=convention), server()
-    plain = update(m, work(m, state, 1))
+    plain = update(work(m, state, 1))
     for made in (work(m, state, 2), local(m, state)):
-        for site, delta in update(m, made).items():
+        for site, delta in update(made).items():
             torch.testing.assert_close(delta, plain[site], rtol=1e-12, atol=1e-12)
 
 
@@ -129,22 +168,24 @@ def test_phases_train_what_they_say_and_nothing_else(convention: str) -> None:
     sizes = tuple(sum(x.numel() for g in made.train.values() for x in g.values()) for made in (turn, gain))
     assert sizes == SIZES[convention]
     assert turn.lr == 0.33 and gain.lr == 3.3 and work(m, state, 1).lr == 1.0
-    assert m.expected(m.broadcast(state, CLIENT, 2), 2).keys() == {"turn"}
-    assert m.expected(m.broadcast(state, CLIENT, 3), 3).keys() == {"A", "B", "head"}
+    at = engine()
+    for t, roles in ((2, {"turn"}), (3, {"A", "B", "head"})):
+        _, record = one_round(m, at, state, [CLIENT], t)
+        assert set(record.up.by_role) == roles and set(record.down.by_role) == {"A", "B", "head"}
 
 
 @conventions
 def test_global_phase_turns_A_and_leaves_the_rest(convention: str) -> None:
     m, state = method(convention=convention), server()
     dim = AXES[convention][0]
-    after, _ = one_round(m, engine(ToyTrainer(steps=5)), state, [CLIENT], 2)
+    new, _ = one_round(m, engine(ToyTrainer(steps=5)), state, [CLIENT], 2)
     for site in SITES:
-        assert torch.equal(after["B"][site], state["B"][site])
-        assert not torch.allclose(after["A"][site], state["A"][site], atol=1e-4)
-        got, was = (dora.split(x["A"][site], dim) for x in (after, state))
+        assert torch.equal(new["B"][site], state["B"][site])
+        assert not torch.allclose(new["A"][site], state["A"][site], atol=1e-4)
+        got, was = (dora.split(x["A"][site], dim) for x in (new, state))
         torch.testing.assert_close(got.magnitude, was.magnitude, rtol=1e-12, atol=1e-14)
         assert not torch.allclose(got.direction, was.direction, atol=1e-4)
-    assert all(torch.equal(after["head"][k], x) for k, x in state["head"].items())
+    assert all(torch.equal(new["head"][k], x) for k, x in state["head"].items())
     free = method(convention=convention, renorm_direction=False)
     moved, _ = one_round(free, engine(ToyTrainer(steps=5)), state, [CLIENT], 2)
     assert not torch.allclose(dora.norm(moved["A"]["layers.0.in"], dim), dora.norm(state["A"]["layers.0.in"], dim))
@@ -153,21 +194,19 @@ def test_global_phase_turns_A_and_leaves_the_rest(convention: str) -> None:
 @conventions
 def test_local_phase_changes_lengths_of_B_alone(convention: str) -> None:
     m, state = method(convention=convention), server()
-    made = local(m, state)
-    ((trained, _),) = ToyTrainer(steps=5).fit(m, [(CLIENT, made)], [rows("a")], 9)
-    sent, kept = m.finish(made, trained, m.broadcast(state, CLIENT, 9))
-    assert sent == {} and set(kept) == {"gain"}, "nothing of it is sent"
-    mine = m.prepare(m.broadcast(state, CLIENT, 0), kept, SITES, CLIENT, 0)
-    A, B = m.adapter(mine.train, mine.fixed)
+    kept = personal(m, state, ToyTrainer(steps=5))
+    assert set(kept) == {"gain"}
+    mine = model(m, state, kept)
+    A, B, _ = mine.adapter(mine.train, mine.fixed)
     dim = AXES[convention][1]
     for site in SITES:
         assert torch.equal(A[site], state["A"][site]) and not torch.allclose(B[site], state["B"][site], atol=1e-4)
         cos = torch.nn.functional.cosine_similarity(B[site], state["B"][site], dim=dim)
         torch.testing.assert_close(cos.abs(), torch.ones_like(cos))
-    again = local(m, state)
+    again = local(m, state, own=kept)
     assert all((x == 0).all() for x in again.train["gain"].values()), "starts at zero each time"
-    assert method(local_phase=False).personalise(state, {}, SITES, CLIENT) is None
-    assert set(m.prepare(m.broadcast(state, CLIENT, 3), kept, SITES, CLIENT, 3).train) == {"A", "B", "head"}
+    assert m.personal_phase and not method(local_phase=False).personal_phase
+    assert set(work(m, state, 3).train) == {"A", "B", "head"}
 
 
 def test_gain_may_flip_a_component_unless_it_must_not() -> None:
@@ -176,7 +215,7 @@ def test_gain_may_flip_a_component_unless_it_must_not() -> None:
         m = method(nonneg_magnitude=nonneg)
         made = local(m, state)
         gain: State = {"gain": {s: -2 * dora.norm(x, 0) for s, x in state["B"].items()}}
-        _, B = m.adapter(gain, made.fixed)
+        _, B, _ = made.adapter(gain, made.fixed)
         torch.testing.assert_close(B["layers.0.in"], sign * state["B"]["layers.0.in"], rtol=1e-12, atol=1e-12)
 
 
@@ -187,16 +226,16 @@ def test_gradients_of_both_phases(convention: str, renorm: bool) -> None:
     m, state = method(convention=convention, renorm_direction=renorm), server()
     for made, role in ((work(m, state, 2), "turn"), (local(m, state), "gain")):
         site = "layers.0.in"
-        C = torch.randn(7, 6, generator=lora.generator(3), dtype=DOUBLE)
-        start_at = torch.randn(made.train[role][site].shape, generator=lora.generator(4), dtype=DOUBLE) * 0.1
+        C = torch.randn(7, 6, generator=generator(3), dtype=DOUBLE)
+        start_at = torch.randn(made.train[role][site].shape, generator=generator(4), dtype=DOUBLE) * 0.1
 
         def loss(x: Tensor, made: Work = made, role: str = role, site: str = site, C: Tensor = C) -> Tensor:
-            return (update(m, made, {role: made.train[role] | {site: x}})[site] * C).square().sum()
+            return (update(made, {role: made.train[role] | {site: x}})[site] * C).square().sum()
 
         x = start_at.clone().requires_grad_()
         assert torch.autograd.gradcheck(loss, (x,))
         loss(x).backward()
-        A, B = m.adapter({role: made.train[role] | {site: x.detach()}}, made.fixed)
+        A, B, _ = made.adapter({role: made.train[role] | {site: x.detach()}}, made.fixed)
         leaf = (A if role == "turn" else B)[site].clone().requires_grad_()
         pair = (B[site], leaf) if role == "turn" else (leaf, A[site])
         ((1.5 * pair[0] @ pair[1]) * C).square().sum().backward()
@@ -213,21 +252,19 @@ def test_gradients_of_both_phases(convention: str, renorm: bool) -> None:
 
 
 def test_penalties_by_hand() -> None:
-    m = method(lambda_global=0.5, lambda_local=2.0)
-    two: State = {"turn": {"s": torch.tensor([[1.0, 2.0]]), "t": torch.tensor([3.0])}}
-    got = m.penalty(two, {})
-    assert got is not None and got.item() == 7.0
-    got = m.penalty({"gain": two["turn"]}, {})
-    assert got is not None and got.item() == 28.0
-    assert m.penalty({"A": two["turn"]}, {}) is None and method().penalty(two, {}) is None
+    m, state = method(lambda_global=0.5, lambda_local=2.0), server()
+    two = {"s": torch.tensor([[1.0, 2.0]]), "t": torch.tensor([3.0])}
+    (turn,), (gain,) = work(m, state, 2).penalties, local(m, state).penalties
+    assert turn({"turn": two}, {}).item() == 7.0 and gain({"gain": two}, {}).item() == 28.0
+    assert work(m, state, 1).penalties == () == work(method(), state, 2).penalties == local(method(), state).penalties
 
 
 def test_without_learning_in_its_phases_it_is_fedit_bit_for_bit() -> None:
     """Odd rounds are FedIT's; even ones, at a zero rate, leave every byte."""
-    plain = Case("", "fedit").method()
+    plain = PLAIN.method()
     m = method(average="factors", lr_global=0.0)
     first = start(plain)
-    clients = Case("", "fedit").clients()
+    clients = PLAIN.clients()
     at = engine()
     want = first
     for t in (1, 3):
@@ -241,48 +278,52 @@ def test_dead_vectors_stay_dead_and_finite() -> None:
     state = server()
     state["A"]["layers.0.in"][:, 2] = 0
     state["B"]["layers.0.in"][:, 1] = 0
-    after, _ = one_round(m, engine(ToyTrainer(steps=3)), state, [CLIENT], 2)
-    assert (after["A"]["layers.0.in"][:, 2] == 0).all() and after["A"]["layers.0.in"].isfinite().all()
-    made = local(m, state)
-    ((trained, _),) = ToyTrainer(steps=3).fit(m, [(CLIENT, made)], [rows("a")], 9)
-    assert (m.adapter(trained, made.fixed)[1]["layers.0.in"][:, 1] == 0).all()
+    new, _ = one_round(m, engine(ToyTrainer(steps=3)), state, [CLIENT], 2)
+    assert (new["A"]["layers.0.in"][:, 2] == 0).all() and new["A"]["layers.0.in"].isfinite().all()
+    mine = model(m, state, personal(m, state, ToyTrainer(steps=3)))
+    assert (mine.adapter(mine.train, mine.fixed).B["layers.0.in"][:, 1] == 0).all()
 
 
 # schedule
 
 
-def test_schedule() -> None:
-    assert [method().stage(t) for t in range(5)] == ["clients"] * 5
-    proxy = method(global_phase="server_proxy")
-    assert [proxy.stage(t) for t in range(5)] == ["clients", "clients", "server", "clients", "server"]
-    assert set(work(method(global_phase="none"), server(), 2).train) == {"A", "B", "head"}
-    assert set(work(method(), server(), 0).train) == {"A", "B", "head"}
+@pytest.mark.parametrize(
+    "phase, stages",
+    [("federated", ["clients"] * 4), ("server_proxy", ["clients", "server"] * 2), ("none", ["clients"] * 4)],
+)
+def test_schedule(phase: str, stages: list[str]) -> None:
+    m, seen = method(global_phase=phase), []
+    trainer = ToyTrainer(record=True)
+    federate(m, engine(trainer), start(m), PLAIN.clients(), 4, on_round=lambda s, record: seen.append(record.stage))
+    assert seen == stages and m.needs_proxy_data == (phase == "server_proxy")
+    turns = {"turn"} if phase != "none" else {"A", "B", "head"}
+    per_round = [set(w.train) for c, w, _ in trainer.seen if c.id in ("a", "server")]
+    assert per_round == [{"A", "B", "head"}, turns] * 2
+    assert set(model(m, server()).train) == {"A", "B", "head"}
 
 
 # learning, on the toy's tasks
 
 
-def loss(m: FedLoRAOptimizer, made: Work, k: str) -> float:
-    return ToyTrainer().loss(m, made, made.train, rows(k)).item()
+def loss(made: Work, k: str) -> float:
+    return ToyTrainer().loss(made, made.train, rows(k)).item()
 
 
 @pytest.mark.parametrize("phase", ["federated", "server_proxy"])
 def test_phases_lower_the_losses_that_they_are_for(phase: str) -> None:
     m = method(global_phase=phase, average="factors")
-    clients = Case("", "fedit").clients()
+    clients = PLAIN.clients()
     trainer = ToyTrainer(steps=20, batch=20, lr=0.01)
     at = engine(trainer)
     first, _ = one_round(m, at, start(m), clients, 1)
-    turned = federate(m, at, first, clients, 2, start=2, server=SERVER)
+    turned = federate(m, at, first, clients, 2, start=2)
     who = ["server"] if phase == "server_proxy" else list(EXAMPLES)
     n = {k: EXAMPLES.get(k, 1) for k in who}
-    before, after = (sum(n[k] * loss(m, work(m, s, 0), k) for k in who) for s in (first, turned))
+    before, after = (sum(n[k] * loss(model(m, s), k) for k in who) for s in (first, turned))
     assert after < before
     for client in clients:
-        made = local(m, turned, client)
-        ((trained, _),) = trainer.fit(m, [(client, made)], [rows(client.id)], 3)
-        mine = m.prepare(m.broadcast(turned, client, 0), m.finish(made, trained, turned)[1], SITES, client, 0)
-        assert loss(m, mine, client.id) < loss(m, work(m, turned, 0), client.id)
+        mine = model(m, turned, personal(m, turned, trainer, client), client)
+        assert loss(mine, client.id) < loss(model(m, turned), client.id)
 
 
 def fitted(target: Tensor, state: State, m: FedLoRAOptimizer) -> float:
@@ -293,7 +334,7 @@ def fitted(target: Tensor, state: State, m: FedLoRAOptimizer) -> float:
     step = torch.optim.LBFGS([gain], lr=1, max_iter=100, line_search_fn="strong_wolfe")
 
     def error() -> Tensor:
-        delta = update(m, made, {"gain": made.train["gain"] | {site: gain}})[site]
+        delta = update(made, {"gain": made.train["gain"] | {site: gain}})[site]
         return (delta - target).square().sum() / target.square().sum()
 
     def closure() -> Tensor:
@@ -311,7 +352,7 @@ def test_lengths_of_B_solve_tasks_that_weigh_shared_components_and_no_others() -
     m, state, site = method(), server(), "layers.0.in"
     weights = torch.tensor([0.2, -1.0, 3.0, 1.5], dtype=DOUBLE)
     known = 1.5 * (state["B"][site] * weights) @ state["A"][site]
-    new = known + torch.randn(7, 6, generator=lora.generator("new"), dtype=DOUBLE)
+    new = known + torch.randn(7, 6, generator=generator("new"), dtype=DOUBLE)
     assert fitted(known, state, m) < 1e-4
     assert fitted(new, state, m) > 0.1
 
@@ -321,7 +362,7 @@ def test_global_phase_recovers_a_turn_that_all_clients_share() -> None:
     m, site = method(), "layers.0.in"
     truth = server()
     wrong = {r: dict(g) for r, g in truth.items()}
-    noise = torch.randn(4, 6, generator=lora.generator("wrong"), dtype=DOUBLE)
+    noise = torch.randn(4, 6, generator=generator("wrong"), dtype=DOUBLE)
     wrong["A"][site] = dora.norm(truth["A"][site], 0) * dora.unit(truth["A"][site] + 0.3 * noise, 0)
     goal = 1.5 * truth["B"][site] @ truth["A"][site]
 
@@ -331,19 +372,19 @@ def test_global_phase_recovers_a_turn_that_all_clients_share() -> None:
     state, begin = wrong, distance(wrong)
     assert begin > 0.2
     for _ in range(40):
-        uploads = []
+        uploads: list[Sent] = []
         for k in range(3):
             made = work(m, state, 2)
-            x = torch.randn(6, 40, generator=lora.generator("x", k), dtype=DOUBLE)
+            x = torch.randn(6, 40, generator=generator("x", k), dtype=DOUBLE)
             turn = made.train["turn"][site].clone().requires_grad_()
             step = torch.optim.SGD([turn], lr=0.05)
             for _ in range(5):
                 step.zero_grad()
-                delta = update(m, made, {"turn": made.train["turn"] | {site: turn}})[site]
+                delta = update(made, {"turn": made.train["turn"] | {site: turn}})[site]
                 ((delta - goal) @ x).square().mean().backward()
                 step.step()
-            uploads.append(Upload(Client(str(k), 1, 4), {"turn": made.train["turn"] | {site: turn.detach()}}, 2))
-        state = m.aggregate(state, uploads)
+            uploads.append((Client(str(k), 1, 4), {"turn": made.train["turn"] | {site: turn.detach()}}))
+        state = after(m, state, uploads, 2)
     assert distance(state) < 0.05 * begin
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 
 import fedloom
 from fedloom.errors import RunError
+from fedloom.runs.run import Observer
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -122,7 +125,7 @@ def test_resume_of_nothing_and_of_a_damaged_checkpoint(settings: Settings, tmp_p
     with pytest.raises(RunError, match=r"no run\.toml"):
         fedloom.resume(tmp_path)
     out = fedloom.run(settings(train={"rounds": 1}), tmp_path / "run").path
-    (state,) = (out / "checkpoint").glob("state-*")
+    state = max((out / "checkpoint").glob("state-*"))
     state.write_bytes(state.read_bytes()[:-3])
     with pytest.raises(RunError, match="damaged"):
         fedloom.resume(out)
@@ -150,3 +153,136 @@ def test_full_disk_is_one_error_and_the_run_resumes(settings: Settings, tmp_path
             patch.setattr(os, "fsync", full)
             fedloom.run(config, out)
         assert adapters(fedloom.resume(out).path) == want
+
+
+def done(settings: Settings, tmp_path: Path, **sections: dict[str, Any]) -> Path:
+    """A finished run of three rounds."""
+    return fedloom.run(settings(train={"rounds": 3, "evaluate_every": 0}, **sections), tmp_path / "run").path
+
+
+def unfinished(run: Path, t: int = 2) -> None:
+    """Take a finished run back to a round, as if it had been stopped there."""
+    latest = run / "checkpoint" / "latest.json"
+    latest.write_bytes((run / "checkpoint" / f"round-{t:06d}.json").read_bytes())
+
+
+def test_what_changed_is_named_and_needs_consent(
+    settings: Settings, questions: Path, encoder: Path, tmp_path: Path
+) -> None:
+    data, model = tmp_path / "mine.csv", tmp_path / "model"
+    data.write_bytes(questions.read_bytes())
+    shutil.copytree(encoder, model)
+    run = done(settings, tmp_path, task={"data": str(data)}, model={"name": str(model)})
+    unfinished(run)
+    rows = data.read_text().splitlines()
+    before = {path: path.read_bytes() for path in (data, run / "run.toml", *model.glob("*.safetensors"))}
+
+    def damaged(path: Path, content: bytes) -> dict[str, Any]:
+        path.write_bytes(content)
+        with pytest.raises(RunError, match="accept-changes") as caught:
+            fedloom.resume(run)
+        path.write_bytes(before[path])
+        return {"message": str(caught.value)}
+
+    swapped = [
+        rows[0],
+        *(
+            line.replace(",person,", ",x,").replace(",place,", ",person,").replace(",x,", ",place,")
+            for line in rows[1:]
+        ),
+    ]
+    assert "data" in damaged(data, "\n".join(swapped).encode())["message"]
+    assert "data" in damaged(data, "\n".join(rows[:-20]).encode())["message"]
+    (weights,) = model.glob("*.safetensors")
+    changed = bytearray(before[weights])
+    changed[-2] ^= 1
+    assert "model" in damaged(weights, bytes(changed))["message"]
+    for old, new in (("seed = 0", "seed = 1"), ("lr = 0.01", "lr = 0.02"), ('name = "fslora"', 'name = "fedit"')):
+        text = before[run / "run.toml"].decode()
+        assert old in text
+        assert "config" in damaged(run / "run.toml", text.replace(old, new).encode())["message"]
+    (run / "run.toml").write_text(before[run / "run.toml"].decode().replace("lr = 0.01", "lr = 0.02"))
+    fedloom.resume(run, accept_changes=True)
+    (accepted,) = json.loads((run / "manifest.json").read_text())["accepted_changes"]
+    assert list(accepted["changed"]) == ["config"] and len(set(accepted["changed"]["config"])) == 2
+
+
+def test_what_clients_keep_is_known_by_its_hash(settings: Settings, tmp_path: Path) -> None:
+    run = done(settings, tmp_path, method={"name": "fedsa_lora"})
+    unfinished(run)
+    first, second = sorted((run / "checkpoint" / "kept").glob("client-[01]-000002.safetensors"))
+    one, other = first.read_bytes(), second.read_bytes()
+    first.write_bytes(other), second.write_bytes(one)
+    with pytest.raises(RunError, match=r"client-0-000002.*not what the checkpoint names"):
+        fedloom.resume(run)
+    second.write_bytes(other), first.write_bytes(one[:-1] + bytes([one[-1] ^ 1]))
+    with pytest.raises(RunError, match="client-0-000002"):
+        fedloom.resume(run)
+    first.write_bytes(one)
+    fedloom.resume(run)
+
+
+@pytest.mark.parametrize("name", ["fedit", "fedsa_lora", "fedlora_optimizer"])
+def test_a_missing_or_damaged_adapter_is_made_again(name: str, settings: Settings, tmp_path: Path) -> None:
+    run = done(settings, tmp_path, method={"name": name})
+    want = adapters(run)
+    for path in [run / "adapter", *sorted(run.glob("clients/*/adapter"))[:1]]:
+        (path / "adapter_model.safetensors").write_bytes(b"")
+        fedloom.resume(run)
+        assert adapters(run) == want
+        shutil.rmtree(path)
+        fedloom.resume(run)
+        assert adapters(run) == want
+    records = [record["round"] for record in fedloom.resume(run).rounds]
+    assert records == [0, 1, 2, 3, *([4] if name == "fedlora_optimizer" else [])]
+
+
+def test_the_last_checkpoints_can_be_gone_back_to(settings: Settings, tmp_path: Path) -> None:
+    run = done(settings, tmp_path, method={"name": "fedsa_lora"}, run={"keep_checkpoints": 3})
+    want = adapters(run)
+    states = sorted(path.name for path in (run / "checkpoint").glob("round-*"))
+    assert states == [f"round-00000{t}.json" for t in (1, 2, 3)]
+    (run / "checkpoint" / "mine.txt").write_text("mine")
+    with pytest.raises(RunError, match="no checkpoint of round 0, expected one of 1, 2, 3"):
+        fedloom.resume(run, back_to=0)
+    fedloom.resume(run, back_to=1)
+    assert adapters(run) == want and (run / "checkpoint" / "mine.txt").exists()
+    assert [record["round"] for record in fedloom.resume(run).rounds] == [0, 1, 2, 3]
+
+
+def test_a_damaged_record_costs_no_other(settings: Settings, tmp_path: Path) -> None:
+    run = done(settings, tmp_path)
+    unfinished(run)
+    lines = (run / "rounds.jsonl").read_bytes().splitlines()
+    (run / "rounds.jsonl").write_bytes(b"\n".join([lines[0], b"\xff garbage {", b"{}", b"5", lines[2]]) + b"\n")
+    assert [record["round"] for record in fedloom.resume(run).rounds] == [0, 2, 3]
+
+
+def test_a_run_that_was_moved_writes_nowhere_else(settings: Settings, tmp_path: Path) -> None:
+    config = settings(train={"rounds": 3, "evaluate_every": 0})
+    want = adapters(fedloom.run(config, tmp_path / "whole").path)
+
+    class Mover(Observer):
+        def round(self, record: dict[str, Any]) -> None:
+            if record["round"] == 2:
+                (tmp_path / "run").rename(tmp_path / "elsewhere")
+
+    with pytest.raises(RunError, match="moved or removed"):
+        fedloom.run(config, tmp_path / "run", Mover())
+    assert not (tmp_path / "run").exists()
+    assert adapters(fedloom.resume(tmp_path / "elsewhere").path) == want
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b"\xff", b'{"format": 1, "round": "x"}', b"9" * 5000])
+def test_damaged_checkpoints_and_manifests_are_one_error(content: bytes, settings: Settings, tmp_path: Path) -> None:
+    run = done(settings, tmp_path)
+    manifest = (run / "manifest.json").read_bytes()
+    (run / "checkpoint" / "latest.json").write_bytes(content)
+    with pytest.raises(RunError, match="--round 2"):
+        fedloom.resume(run)
+    unfinished(run)
+    (run / "manifest.json").write_bytes(content if content != b"[]" else b"5")
+    with pytest.raises(RunError):
+        fedloom.resume(run)
+    (run / "manifest.json").write_bytes(manifest)
+    fedloom.resume(run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -75,10 +74,11 @@ def node(
     Example: fedloom node run.toml --data local.jsonl --id north --rank 4
     """
     from fedloom.data import load
+    from fedloom.flower.answers import is_client_id
     from fedloom.runs import config
     from fedloom.runs import flower_node as nodes
 
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", id_):
+    if not is_client_id(id_):
         raise ConfigError(f"--id is {id_!r}, expected letters, digits, dots, dashes and underscores")
     values = config.override(config.read_toml(file), set_ or [])
     config.put(values, "task.data", data)

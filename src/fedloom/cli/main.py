@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from click import ClickException
 
-from fedloom.cli import flower
+from fedloom.cli import flower, studies
 from fedloom.cli.show import err, finished, out, resumable, say
 from fedloom.errors import ConfigError, FedloomError
 
@@ -65,7 +65,17 @@ def run(
 
 
 @app.command()
-def resume(path: RunPath) -> None:
+def resume(
+    path: RunPath,
+    round_: Annotated[
+        int | None,
+        typer.Option("--round", metavar="N", help="Go back to an earlier round that is kept (run.keep_checkpoints)."),
+    ] = None,
+    accept_changes: Annotated[
+        bool,
+        typer.Option("--accept-changes", help="Go on though data, model or run file changed; the manifest says so."),
+    ] = False,
+) -> None:
     """Go on with a run after a crash or Ctrl-C. It ends with the same bytes as if it had never stopped.
 
     Example: fedloom resume runs/fslora-trec
@@ -75,7 +85,7 @@ def resume(path: RunPath) -> None:
     from fedloom.runs import run as runs
 
     with resumable(path), Terminal(out) as terminal:
-        result = runs.resume(path, terminal)
+        result = runs.resume(path, terminal, accept_changes=accept_changes, back_to=round_)
     finished(result, path / "run.toml")
 
 
@@ -111,14 +121,17 @@ def export(
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method.")] = None) -> None:
-    """The table of methods, or one method's fields, defaults and paper.
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """The methods: what each sends, keeps and needs; or one method's fields, defaults and paper.
 
     Example: fedloom methods fslora
     """
     from fedloom.cli import tables
 
-    tables.print_methods(out, name)
+    tables.print_methods(out, name, json)
 
 
 @app.command()
@@ -182,6 +195,8 @@ def verify(path: RunPath) -> None:
         raise typer.Exit(1)
 
 
+app.command()(studies.compare)
+app.command()(studies.report)
 app.command()(flower.serve)
 app.command()(flower.node)
 

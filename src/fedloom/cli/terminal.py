@@ -67,7 +67,7 @@ class Terminal(Observer):
 
     def assembled(self, experiment: Experiment) -> None:
         c, method, parts = experiment.config, experiment.method, experiment
-        trained = sum((m + n) * method.rank for m, n in parts.sites.values())
+        trained = parts.parameters[0]
         head = sum(x.numel() for group in parts.head.values() for x in group.values())
         self.console.print(
             f"{method.name} on {c.task.data}: {len(parts.clients)} clients, "

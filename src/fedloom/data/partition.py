@@ -19,6 +19,7 @@ import numpy as np
 
 from fedloom.data import hub
 from fedloom.data.load import require
+from fedloom.disk import write
 from fedloom.errors import DataError, nearest
 from fedloom.rng import seed_of
 
@@ -90,9 +91,7 @@ def partition(
 
 def save(partition: Partition, path: Path) -> None:
     """Write a partition as JSON, whole or not at all."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(_json(partition), encoding="utf-8")
-    scratch.replace(path)
+    write(path, _json(partition).encode())
 
 
 def load_partition(path: Path) -> Partition:

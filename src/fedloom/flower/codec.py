@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from typing import Literal, get_args
 
 import torch
@@ -34,16 +35,18 @@ FORMS: tuple[Form, ...] = get_args(Form)
 
 _ROUNDED = {"raw": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _STEPS = "/"
+_ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,63}")
+_LONGEST_SITE = 256
 
 
 def encode(state: State, form: Form = "raw") -> bytes:
-    """A state as bytes. Raises WireError for a dtype that safetensors does not write, or a role with a slash."""
+    """A state as bytes. Raises WireError for a dtype that safetensors does not write, or a role that is no name."""
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {} if form == "raw" else {"form": form}
     steps: list[Tensor] = []
     for role, group in sorted(state.items()):
-        if not role or "/" in role:
-            raise WireError(f"role {role!r} does not cross, expected a name without '/'")
+        if not _ROLE.fullmatch(role):
+            raise WireError(f"role {role!r} does not cross, expected letters, digits, dots and underscores")
         if not group:
             metadata[f"{role}/"] = "empty"
         for site, x in sorted(group.items()):
@@ -92,7 +95,7 @@ def decode(data: bytes | memoryview) -> State:
         state.setdefault(role, {})[site] = x
     for name, what in metadata.items():
         role = name[:-1]
-        if what != "empty" or not name.endswith("/") or not role or "/" in role or role in state:
+        if what != "empty" or not name.endswith("/") or not _ROLE.fullmatch(role) or role in state:
             raise WireError(f"has metadata {printable(repr(name), 40)} of no tensor")
         state[role] = {}
     if steps.numel():
@@ -108,7 +111,7 @@ def _metadata(data: bytes) -> dict[str, str]:
 
 def _parted(name: str) -> tuple[str, str]:
     role, _, site = name.partition("/")
-    if not (role and site):
+    if not (_ROLE.fullmatch(role) and site and site.isprintable() and len(site) <= _LONGEST_SITE):
         raise WireError(f"has a tensor named {printable(repr(name), 40)}, expected role/site")
     return role, site
 

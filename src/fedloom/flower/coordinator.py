@@ -132,19 +132,19 @@ class Coordinator:
         """
         if not jobs:
             return
-        until = time.monotonic() + self.policy.deadline_s
         ttl_s = self.policy.deadline_s + max(60.0, self.policy.deadline_s)
-        online = self.discover()
+        online = self._free()
+        until = time.monotonic() + self.policy.deadline_s
         owed = self.pending.owed()
         ready = self.directory.place(online, owed) if exchange == 1 else online
         waiting: set[Asked] = set()
         groups: dict[int, list[Job]] = {}
         for job in jobs:
             node = self.directory.places.get(job[0].id)
-            if node is None or node not in ready:
+            if node in owed:
+                yield Failure(job[0], f"its node has not answered what it was asked in round {owed[node].t} yet")
+            elif node is None or node not in ready:
                 yield Failure(job[0], "its node is not connected")
-            elif node in owed:
-                yield Failure(job[0], f"its node has not answered round {owed[node].t} yet")
             else:
                 groups.setdefault(node, []).append(job)
         for node, group in groups.items():
@@ -158,6 +158,13 @@ class Coordinator:
         for asked in waiting:
             asked.forget()
             yield from _failures(asked, what)
+
+    def _free(self) -> set[int]:
+        """The nodes that are connected; waited for, a deadline long, if all of them still owe an answer."""
+        until = time.monotonic() + self.policy.deadline_s
+        while (online := self.discover()) and online <= self.pending.owed().keys() and time.monotonic() < until:
+            time.sleep(POLL_S)
+        return online
 
     def _until(
         self, until: float, done: Callable[[], bool], waiting: set[Asked], ttl_s: float
@@ -182,7 +189,7 @@ class Coordinator:
         if one.asked.do == "hello":
             return self._register(one)
         what = f"never came: {one.reason}" if isinstance(one, Refused) else "came late and was not used"
-        return self.note(f"the answer of {one.asked} to round {one.asked.t} {what}")
+        return self.note(f"the answer of {printable(one.asked, 80)} to round {one.asked.t} {what}")
 
     # what an engine does
 
@@ -208,7 +215,7 @@ class Coordinator:
                 else:
                     found |= answers.scores(one, self._metrics)
             except Exception as error:
-                self.note(f"{getattr(one, 'asked', one)} not evaluated: {printable(error)}")
+                self.note(f"{printable(getattr(one, 'asked', one), 80)} not evaluated: {printable(error)}")
         return dict(sorted(found.items()))
 
     def export(self, method: Method, jobs: Iterable[Job], t: int) -> None:

@@ -19,7 +19,7 @@ from fedloom.errors import FedloomError
 MAGIC = b"FLM2"
 _FIXED = struct.Struct("<II")
 _MOST_PARTS = 1 << 16
-_LONGEST_JSON = 1 << 24
+_LONGEST_JSON = 1 << 23
 _DEEPEST_JSON = 16
 _LONGEST_INTEGER = 20
 _LONGEST_REASON = 200

@@ -62,6 +62,7 @@ class Supervisor:
         self._remove = remove
         self.ids: dict[str, int | None] = {}
         """Name -> process id; None of a process that has ended."""
+        self._ears = threading.Thread(target=self._listen, daemon=True)
         logs.mkdir(parents=True, exist_ok=True)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "fedloom.flower.supervisor"],
@@ -80,7 +81,6 @@ class Supervisor:
                 self.close()
                 raise RunError(f"a process could not be started, of {', '.join(p.name for p in programs)}: see {logs}")
             self._hear(line)
-        self._ears = threading.Thread(target=self._listen, daemon=True)
         self._ears.start()
 
     def running(self, name: str) -> bool:
@@ -98,7 +98,7 @@ class Supervisor:
         if self.process.wait() != 0:  # it was killed, so that nobody swept after it
             stop(self._mark)
             _remove(self._remove)
-        if hasattr(self, "_ears"):
+        if self._ears.is_alive():
             self._ears.join(_PATIENCE_S)
         self.process.stdout.close()
 

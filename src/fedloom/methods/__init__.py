@@ -24,10 +24,41 @@ _KNOWN = {
     "feddpa": "feddpa:FedDPA",
     "fedprox": "fedprox:FedProx",
     "scaffold": "scaffold:Scaffold",
+    "fednova": "fednova:FedNova",
+    "clip_updates": "clip:Clip",
+    "quantise": "quantise:Quantise",
+    "median": "robust:Median",
+    "trimmed_mean": "robust:TrimmedMean",
+    "multi_krum": "robust:MultiKrum",
+    "norm_filter": "robust:NormFilter",
+    "fedawa": "fedawa:FedAWA",
+    "flasc": "flasc:FLASC",
     "fedavgm": "fedopt:FedAvgM",
     "fedadagrad": "fedopt:FedAdagrad",
     "fedadam": "fedopt:FedAdam",
     "fedyogi": "fedopt:FedYogi",
+    "rolora": "rolora:RoLoRA",
+    "fedrot_lora": "fedrot_lora:FedRotLoRA",
+    "lora_fair": "lora_fair:LoRAFAIR",
+    "fedsvd": "fedsvd:FedSVD",
+    "fed_sb": "fed_sb:FedSB",
+    "ravan": "ravan:Ravan",
+    "fedask": "fedask:FedASK",
+    "flora": "flora:FLoRA",
+    "florist": "florist:FLoRIST",
+    "fedmomentum": "fedmomentum:FedMomentum",
+    "frlora": "frlora:FRLoRA",
+    "eclora": "flexlora:ECLoRA",
+    "zero_padding": "zero_padding:ZeroPadding",
+    "replication_padding": "zero_padding:ReplicationPadding",
+    "raflora": "raflora:RaFLoRA",
+    "fed_plora": "fed_plora:FedPLoRA",
+    "lora_a2": "lora_a2:LoRAA2",
+    "fedrora": "fedrora:FedRoRA",
+    "feddpa_f": "feddpa:FedDPAF",
+    "fedalt": "fedalt:FedALT",
+    "pf2lora_first_order": "pf2lora:PF2LoRAFirstOrder",
+    "fedlease_clusters": "fedlease_clusters:FedLEASEClusters",
 }
 
 
@@ -62,9 +93,12 @@ def get(name: str) -> type[Method]:
         raise ConfigError(
             f"method {name!r} cannot be imported ({error}); expected an importable 'module:Class'"
         ) from error
-    if not (isinstance(cls, type) and issubclass(cls, Method)) or getattr(cls, "__abstractmethods__", None):
-        raise ConfigError(f"{name!r} is not a method: expected a subclass of fedloom.core.Method with all it needs")
-    return cls
+    whole = isinstance(cls, type) and issubclass(cls, Method) and not getattr(cls, "__abstractmethods__", None)
+    if not whole or not isinstance(getattr(cls, "name", None), str):
+        raise ConfigError(
+            f"{name!r} is not a method: expected a subclass of fedloom.core.Method with a `name` and all it needs"
+        )
+    return cast(type[Method], cls)
 
 
 def build(table: Mapping[str, Any], lora: Mapping[str, Any] | None = None, where: str = "method") -> Method:
@@ -100,7 +134,9 @@ def build(table: Mapping[str, Any], lora: Mapping[str, Any] | None = None, where
     try:
         return cls(**values)
     except ConfigError as error:
-        raise ConfigError(f"[{where}] {error}") from error
+        # A wrapper knows of the method under it, and not how deep it stands itself.
+        said = str(error).replace("[method.over]", f"[{where}.over]")
+        raise ConfigError(f"[{where}] {said}") from error
 
 
 def _table(over: object, where: str) -> Mapping[str, Any]:

@@ -32,6 +32,7 @@ class FedExLoRA(LoRA):
 
     name: ClassVar[str] = "fedex_lora"
     paper: ClassVar[str] = "Singhal et al., FedEx-LoRA: Exact Aggregation, arXiv 2410.09432"
+    group: ClassVar[str] = "exact sums"
 
     async def server(self, state: State, round: Round) -> State:
         uploads = list(

@@ -18,7 +18,7 @@ import torch
 from fedloom import lora, slices
 from fedloom.core import Averaged, Client, Exchange, Factors, Round, Visit, Work
 from fedloom.errors import ConfigError
-from fedloom.flows import Over, need_factors, relay, relay_works, weighting
+from fedloom.flows import Over, followed_budgets, need_factors, relay, relay_works, weighting
 from fedloom.rng import generator, seed_of
 from fedloom.state import Sites, State, only, without, zeros_like
 
@@ -40,13 +40,14 @@ class FedLoDrop(Over):
 
     name: ClassVar[str] = "fedlodrop"
     paper: ClassVar[str] = "Xie et al., FedLoDrop: Federated LoRA with Dropout, arXiv 2510.12078"
+    group: ClassVar[str] = "sub-adapters"
     budgets: ClassVar[frozenset[str]] = frozenset({"keep"})
     adds: ClassVar[tuple[str, ...]] = ("mask",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         need_factors(self, "dropout of rows and columns")
-        if self.aggregation == "count" and "rank" in self.over.budgets:
+        if self.aggregation == "count" and "rank" in followed_budgets(self.over):
             raise ConfigError(
                 f"fedlodrop: aggregation 'count' needs clients that hold every rank, which {self.over.name} does not give: "
                 "use aggregation = 'keep' or another [method.over]"

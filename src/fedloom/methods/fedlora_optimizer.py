@@ -56,6 +56,7 @@ class FedLoRAOptimizer(LoRA):
 
     name: ClassVar[str] = "fedlora_optimizer"
     paper: ClassVar[str] = "Zhao et al., FedLoRA-Optimizer: Global and Local Optimization, arXiv 2510.11274"
+    group: ClassVar[str] = "personal"
 
     @property
     def personal_phase(self) -> bool:

@@ -1,8 +1,9 @@
 """Server optimisers: the mean change of a round is a gradient for an optimiser on the server.
 
 Reddi et al., "Adaptive Federated Optimization", ICLR 2021, arXiv 2003.00295, algorithm 2, with Delta_t the change that the
-method under it makes to A, B and the head: m_t = beta1 m_{t-1} + (1 - beta1) Delta_t, x_t = x_{t-1} + lr m_t / (sqrt(v_t)
-+ tau).
+method under it makes to A, B and the head: m_t = beta1 m_{t-1} + (1 - beta1) Delta_t, x_{t+1} = x_t + lr m_t / (sqrt(v_t) +
+tau), from m = 0 and v = tau^2, the least that the algorithm allows. As there, no bias is corrected (Flower's FedAdam corrects
+it, and starts from v = 0), and Delta_t is squared, not m_t.
 FedAvgM: Hsu et al., "Measuring the Effects of Non-Identical Data Distribution", arXiv 1909.06335.
 """
 
@@ -31,7 +32,13 @@ class ServerOptimizer(Over):
     lr: Annotated[float, Gt(0)] = 1.0
     """The server's learning rate."""
 
+    group: ClassVar[str] = "server optimisers"
     adds: ClassVar[tuple[str, ...]] = ("server_m_", "server_v_")
+
+    @property
+    def first_v(self) -> float:
+        """v before the first round."""
+        return 0.0
 
     @abstractmethod
     def step(self, change: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,8 +48,8 @@ class ServerOptimizer(Over):
         before, moments = self.inner(state), self.mine(state)
         after = dict(await self.over.server(before, round))
         for role, group in only(before, *ROLES).items():
-            blank = zeros_like({role: group})[role]
-            m, v = dict(moments.get("server_m_" + role, blank)), dict(moments.get("server_v_" + role, blank))
+            m = dict(moments.get("server_m_" + role) or zeros_like({role: group})[role])
+            v = dict(moments.get("server_v_" + role) or {s: torch.full_like(x, self.first_v) for s, x in group.items()})
             moved = dict(after[role])
             for site, x in group.items():
                 if after[role][site].shape == x.shape:
@@ -54,9 +61,10 @@ class ServerOptimizer(Over):
 
 @dataclass(frozen=True, kw_only=True)
 class FedAvgM(ServerOptimizer):
-    """m <- momentum m + Delta, x <- x + lr m; with momentum 0 and lr 1 it is the method under it."""
+    """Momentum on the server: m <- momentum m + Delta, x <- x + lr m; with momentum 0 and lr 1 it is the method under it."""
 
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """Share of the last step that is added to the next."""
 
     name: ClassVar[str] = "fedavgm"
     paper: ClassVar[str] = "Hsu et al., Measuring the Effects of Non-Identical Data Distribution, arXiv 1909.06335"
@@ -71,9 +79,15 @@ class Adaptive(ServerOptimizer):
     """What the adaptive three have in common: they differ in how v grows."""
 
     lr: Annotated[float, Gt(0)] = 0.01
+    """The server's learning rate: about the size of an entry's step in a round, whatever the clients' is."""
     beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """Share of the last rounds' mean change that is kept."""
     tau: Annotated[float, Gt(0)] = 1e-3
-    """Degree of adaptivity, added to sqrt(v). v starts at zero rather than tau^2 (reading)."""
+    """Degree of adaptivity, added to sqrt(v): the larger, the nearer to plain averaging with momentum."""
+
+    @property
+    def first_v(self) -> float:
+        return self.tau**2
 
     @abstractmethod
     def second(self, v: Tensor, square: Tensor) -> Tensor:
@@ -87,9 +101,10 @@ class Adaptive(ServerOptimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class FedAdagrad(Adaptive):
-    """v_t = v_{t-1} + Delta_t^2."""
+    """Adagrad on the server: v_t = v_{t-1} + Delta_t^2."""
 
     beta1: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Share of the last rounds' mean change that is kept: none in the paper's experiments."""
 
     name: ClassVar[str] = "fedadagrad"
     paper: ClassVar[str] = "Reddi et al., Adaptive Federated Optimization, arXiv 2003.00295"
@@ -100,9 +115,10 @@ class FedAdagrad(Adaptive):
 
 @dataclass(frozen=True, kw_only=True)
 class FedAdam(Adaptive):
-    """v_t = beta2 v_{t-1} + (1 - beta2) Delta_t^2."""
+    """Adam on the server: v_t = beta2 v_{t-1} + (1 - beta2) Delta_t^2."""
 
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.99
+    """Share of the last rounds' squared changes that is kept."""
 
     name: ClassVar[str] = "fedadam"
     paper: ClassVar[str] = "Reddi et al., Adaptive Federated Optimization, arXiv 2003.00295"
@@ -113,9 +129,10 @@ class FedAdam(Adaptive):
 
 @dataclass(frozen=True, kw_only=True)
 class FedYogi(Adaptive):
-    """v_t = v_{t-1} - (1 - beta2) Delta_t^2 sign(v_{t-1} - Delta_t^2)."""
+    """Yogi on the server: v_t = v_{t-1} - (1 - beta2) Delta_t^2 sign(v_{t-1} - Delta_t^2)."""
 
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.99
+    """Share of the last rounds' squared changes that is kept."""
 
     name: ClassVar[str] = "fedyogi"
     paper: ClassVar[str] = "Reddi et al., Adaptive Federated Optimization, arXiv 2003.00295"

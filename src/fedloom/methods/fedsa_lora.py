@@ -23,6 +23,7 @@ class FedSALoRA(LoRA):
     paper: ClassVar[str] = (
         "Guo et al., Selective Aggregation for Low-Rank Adaptation in Federated Learning, arXiv 2410.01463"
     )
+    group: ClassVar[str] = "personal"
     personal_models = True
 
     async def server(self, state: State, round: Round) -> State:

@@ -20,7 +20,7 @@ from torch import Tensor
 from fedloom import slices
 from fedloom.core import Client, Exchange, Factors, Round, Visit, Work
 from fedloom.errors import ConfigError
-from fedloom.flows import Over, at, need_factors, relay, relay_works, weighting
+from fedloom.flows import Over, at, followed_budgets, need_factors, relay, relay_works, weighting
 from fedloom.rng import generator, seed_of
 from fedloom.spec import Spec
 from fedloom.state import Group, Sites, State, only
@@ -44,12 +44,13 @@ class FSLoRA(Over):
 
     name: ClassVar[str] = "fslora"
     paper: ClassVar[str] = "Fang et al., Federated Sketching LoRA, arXiv 2501.19389"
+    group: ClassVar[str] = "sub-adapters"
     budgets: ClassVar[frozenset[str]] = frozenset({"rank"})
     adds: ClassVar[tuple[str, ...]] = ("sketch", "idle")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if "rank" in self.over.budgets:
+        if "rank" in followed_budgets(self.over):
             raise ConfigError(
                 f"fslora draws the ranks of a client, as {self.over.name} chooses them: choose another [method.over], "
                 "such as fedit or fedex_lora"

@@ -35,6 +35,7 @@ class HetLoRA(LoRA):
 
     name: ClassVar[str] = "hetlora"
     paper: ClassVar[str] = "Cho et al., Heterogeneous LoRA for Federated Fine-tuning, arXiv 2401.06432"
+    group: ClassVar[str] = "unequal ranks"
     budgets: ClassVar[frozenset[str]] = frozenset({"rank"})
 
     async def server(self, state: State, round: Round) -> State:

@@ -2,8 +2,8 @@
 
 Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020, arXiv 1910.06378,
 algorithm 1 with option II: every local gradient gets c - c_k, then c_k <- c_k - c + (x - y_k) / (sum of learning rates), and
-the server adds (1/N) sum of the changes of c_k to c. Clients count alike, as in the paper. With another local optimiser than
-SGD the same correction enters its gradient, and (x - y_k) / (sum of learning rates) is no longer a mean gradient (reading).
+the server adds (1/N) sum of the changes of c_k to c. Clients count alike, as in the paper. With another local optimiser
+than SGD the same correction enters its gradient, and (x - y_k) / (sum of learning rates) is no mean gradient (reading).
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from fedloom import lora
-from fedloom.client import BUDGETS, whole_budget
 from fedloom.core import Averaged, Client, Exchange, Round, Trained, Upload, Visit, Work
-from fedloom.errors import ConfigError
-from fedloom.flows import Over, relay
+from fedloom.flows import Over, need_fixed_sizes, need_whole, relay
 from fedloom.spec import like
 from fedloom.state import State, only, zeros_like
 
@@ -33,16 +31,16 @@ class Scaffold(Over):
 
     name: ClassVar[str] = "scaffold"
     paper: ClassVar[str] = "Karimireddy et al., SCAFFOLD, arXiv 1910.06378"
+    group: ClassVar[str] = "local training"
     adds: ClassVar[tuple[str, ...]] = ("c_",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        need_fixed_sizes(self)
 
     def check(self, client: Client) -> None:
         super().check(client)
-        for name, budget in BUDGETS.items():
-            if getattr(client, name) != whole_budget(self, name):
-                raise ConfigError(
-                    "scaffold needs clients that train the same tensors in every round, got "
-                    f"{name} {getattr(client, name)} for client {client.id!r}: remove {budget.key} from [clients]"
-                )
+        need_whole(self, client)
 
     async def server(self, state: State, round: Round) -> State:
         c = self.mine(state) or {f"c_{role}": x for role, x in zeros_like(only(state, *ROLES)).items()}

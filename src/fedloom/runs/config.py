@@ -92,6 +92,8 @@ class ClientsSection(_Section):
     """The column that a by-field partition follows."""
     classes_per_client: int = Field(2, ge=1)
     """Of a pathological partition."""
+    split_seed: int | None = Field(None, ge=0)
+    """Of hold-out, limits and partition; by default the run's seed, which start, sampling and batches follow."""
     ranks: int | list[int] | None = None
     """Cycled over the clients; by default lora.rank."""
     keep: Share | list[Share] | str = 1.0
@@ -196,6 +198,13 @@ class NetworkSection(_Section):
     """Who sends on which part of the band; by default clients.keep if that names a file, else it is planned anew."""
 
 
+class RunSection(_Section):
+    """[run]"""
+
+    keep_checkpoints: int = Field(2, ge=1)
+    """So many of the last rounds can be gone back to: `fedloom resume RUN --round N`."""
+
+
 class RunConfig(_Section):
     """A whole run: the keys of a run file, with their defaults."""
 
@@ -207,7 +216,13 @@ class RunConfig(_Section):
     method: MethodSection
     train: TrainSection = TrainSection()
     engine: EngineSection = EngineSection()
+    run: RunSection = RunSection()
     network: NetworkSection | None = None
+
+    @property
+    def split_seed(self) -> int:
+        """Seed of hold-out, limits and partition: who has which rows."""
+        return self.seed if self.clients.split_seed is None else self.clients.split_seed
 
     def to_toml(self) -> str:
         """The resolved configuration as a run file."""

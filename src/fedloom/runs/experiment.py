@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fedloom.client import Client
 from fedloom.core import Method, Visit, Work
@@ -18,6 +19,7 @@ from fedloom.data import load, partition
 from fedloom.data.metrics import NEEDS_TEXT
 from fedloom.data.tokenize import Encoded, encode_causal, encode_labelled
 from fedloom.errors import ConfigError
+from fedloom.flows import rehearse
 from fedloom.models import huggingface, peft
 from fedloom.models.usable import row_length
 from fedloom.rng import generator
@@ -106,13 +108,32 @@ class Experiment:
         return None if rows is None else Client("server", len(rows), self.method.rank)
 
     def initial_state(self) -> State:
-        """The server's first state, head included: a function of the seed alone."""
-        return self.method.init(self.sites, generator(self.config.seed, "init")) | self.head
+        """The server's first state, head included: a function of the seed and the frozen weights."""
+
+        def weight(site: str) -> Tensor:
+            found = self.base.model.get_submodule(site).weight
+            assert isinstance(found, Tensor)
+            found = found.detach().to("cpu", torch.float32)
+            return found.T if self.transposed else found
+
+        return self.method.init_from(self.sites, generator(self.config.seed, "init"), weight) | self.head
 
     def global_model(self, state: State) -> Work:
         """The server's model, as work that trains nothing: what a client that keeps nothing uses."""
         asking = Client("server", 0, self.method.rank)
         return self.method.model(self.method.serve(state, asking), self.head, Visit(0, asking, self.sites))
+
+    @cached_property
+    def parameters(self) -> tuple[int, int]:
+        """Of the adapter, without a head: (trained, sent) by a client with whole budgets in the first round."""
+        seen = rehearse(self.method, Client("any", 1, self.method.rank), 1, self.sites)
+        if seen is None:
+            return 0, 0
+
+        def count(state: State) -> int:
+            return sum(x.numel() for role, group in state.items() if role != "head" for x in group.values())
+
+        return count({} if seen.work is None else seen.work.train), count(seen.sent)
 
     def rows_of(self, client: str) -> Encoded:
         """The training rows of one client; the proxy rows of the server."""
@@ -213,7 +234,7 @@ def _partition(config: RunConfig, table: Tables) -> dict[str, list[int]]:
         table.train,
         c.count,
         c.partition,
-        seed=config.seed,
+        seed=config.split_seed,
         alpha=c.alpha,
         field=c.field or (table.text[0] if c.partition == "by-length" else None),
         label=task.label if task.kind == "classification" else None,

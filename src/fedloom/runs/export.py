@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from fedloom import lora
 from fedloom.core import Work
+from fedloom.disk import write_folder
 from fedloom.errors import ModelError
 from fedloom.models import peft
 from fedloom.runs.experiment import Experiment
@@ -51,18 +53,22 @@ def write(e: Experiment, work: Work, path: Path) -> None:
     A, B, scale = factors(work)
     head = work.train.get("head") or work.fixed.get("head")
     rank = next(iter(A.values())).shape[0]
-    peft.write_adapter(
+    # Whole or not at all, and on disk before anything says that the run is done.
+    write_folder(
         path,
-        A=A,
-        B=B,
-        rank=rank,
-        alpha=scale * rank,
-        rslora=False,  # the scale is folded into alpha
-        targets=e.targets,
-        base_name=e.base.path_or_id,
-        kind=e.config.task.kind,
-        head=head,
-        fan_in_fan_out=e.transposed,
+        partial(
+            peft.write_adapter,
+            A=A,
+            B=B,
+            rank=rank,
+            alpha=scale * rank,
+            rslora=False,  # the scale is folded into alpha
+            targets=e.targets,
+            base_name=e.base.path_or_id,
+            kind=e.config.task.kind,
+            head=head,
+            fan_in_fan_out=e.transposed,
+        ),
     )
 
 

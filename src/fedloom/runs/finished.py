@@ -90,9 +90,14 @@ def _write_merged(run: RunDirectory, adapter: Path, dest: Path) -> None:
 def verify(path: Path) -> list[tuple[str, str | None, str | None]]:
     """(what, hash in the manifest, hash now) for everything that the manifest hashes."""
     run = RunDirectory.open(path)
-    expected = run.manifest()["hashes"]
+    expected = dict(run.manifest().get("hashes", {}))
     e = experiment(run.config())
     found: dict[str, str | None] = {"config": digest_file(run.config_file), **e.hashes}
     found["partition"] = partition.digest(partition.load_partition(run.partition_file))
     found["adapter"] = digest_files(run.adapter) if run.adapter.is_dir() else None
-    return [(name, value, found.get(name)) for name, value in expected.items()]
+    clients = expected.pop("clients", {})
+    rows = [(name, value, found.get(name)) for name, value in expected.items()]
+    for client, value in clients.items():
+        path = run.path / "clients" / client / "adapter"
+        rows.append((f"adapter of {client}", value, digest_files(path) if path.is_dir() else None))
+    return rows

@@ -53,7 +53,7 @@ def connected(run: RunDirectory, e: Experiment, on_status: Callable[[str], None]
 
 def coordinator(
     transport: Transport, run: RunDirectory, e: Experiment, local: Engine, on_status: Callable[[str], None]
-) -> tuple[Engine, Experiment]:
+) -> tuple[Coordinator, Experiment]:
     """The engine over a transport once the run's clients have announced themselves, and the experiment with those."""
     c = e.config
     setup = {

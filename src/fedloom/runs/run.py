@@ -17,6 +17,7 @@ from fedloom.checkpoint import ClientStates
 from fedloom.client import Failure
 from fedloom.data import partition
 from fedloom.engine import Engine, Job, Total
+from fedloom.errors import RunError
 from fedloom.flower.transport import Transport
 from fedloom.loop import Limits, Record, federate, in_order
 from fedloom.runs import evaluate, export, flower_server, radio_cost
@@ -77,7 +78,7 @@ def start(
     e = _prepared(config, observer, transport)
     run = RunDirectory.create(path, config)
     with run.held():
-        return _go(run, e, observer, transport)
+        return _go(run, e, observer, transport, [])
 
 
 def _prepared(config: RunConfig, observer: Observer, transport: Transport | None) -> Experiment:
@@ -92,17 +93,68 @@ def _prepared(config: RunConfig, observer: Observer, transport: Transport | None
     return e
 
 
-def resume(path: Path, observer: Observer | None = None, transport: Transport | None = None) -> Result:
-    """Go on with a run from its newest checkpoint: it ends with the same adapter bytes as if it had never stopped."""
+def resume(
+    path: Path,
+    observer: Observer | None = None,
+    transport: Transport | None = None,
+    *,
+    accept_changes: bool = False,
+    back_to: int | None = None,
+) -> Result:
+    """Go on with a run from its newest checkpoint: it ends with the same adapter bytes as if it had never stopped.
+
+    `back_to` is an earlier round whose checkpoint is kept. Raises RunError if what the run was made from is not what it was,
+    naming what changed; with `accept_changes` the run goes on, and its manifest says so.
+    """
     observer = observer or Observer()
     run = RunDirectory.open(path)
     with run.held():
-        if (run.checkpoint / "latest.json").exists() and checkpoint.load(run.checkpoint)[3]:
+        if back_to is not None:
+            _go_back(run, back_to)
+        started = run.manifest() if run.manifest_file.is_file() else {}
+        if (run.checkpoint / "latest.json").exists() and checkpoint.load(run.checkpoint)[3] and _whole(run, started):
             records = run.rounds()
             for record in records:
                 observer.round(record)
             return Result(run.path, records)
-        return _go(run, experiment(run.config(), observer.doing), observer, transport)
+        e = experiment(run.config(), observer.doing)
+        accepted = list(started.get("accepted_changes", []))
+        if changed := _changes(run, started, e):
+            if not accept_changes:
+                raise RunError(
+                    f"{path} was made from something else: {', '.join(changed)} changed since it began. Restore what it was, "
+                    f"or go on with `fedloom resume {path} --accept-changes`, which its manifest will say"
+                )
+            accepted.append({"changed": changed})
+        return _go(run, e, observer, transport, accepted)
+
+
+def _changes(run: RunDirectory, started: dict[str, Any], e: Experiment) -> dict[str, list[Any]]:
+    """What the manifest says that a run was made from and is now something else: name -> [then, now]."""
+    now = {"config": digest_file(run.config_file), **e.hashes, "labels": e.tables.labels}
+    then = started.get("hashes", {}) | ({"labels": started["labels"]} if "labels" in started else {})
+    if e.config.engine.superlink is not None:  # the rows are on the nodes, which have an agreement of their own
+        now.pop("partition")
+    return {name: [then[name], value] for name, value in now.items() if name in then and then[name] != value}
+
+
+def _whole(run: RunDirectory, manifest: dict[str, Any]) -> bool:
+    """Whether the adapters of a finished run are what its manifest says."""
+    hashes = manifest.get("hashes", {})
+    adapters = {"adapter": run.adapter} | {
+        f"adapter of {client}": run.path / "clients" / client / "adapter" for client in hashes.get("clients", {})
+    }
+    want = {"adapter": hashes.get("adapter")} | {
+        f"adapter of {client}": digest for client, digest in hashes.get("clients", {}).items()
+    }
+    return all(path.is_dir() and digest_files(path) == want[name] for name, path in adapters.items())
+
+
+def _go_back(run: RunDirectory, t: int) -> None:
+    """Make the checkpoint of an earlier round the newest one; records after it go."""
+    _, state, client_states, _ = checkpoint.load(run.checkpoint, t)
+    checkpoint.save(run.checkpoint, t, state, client_states, keep=t + 2)
+    run.keep_rounds(t)
 
 
 def free_name(config: RunConfig) -> Path:
@@ -117,17 +169,24 @@ def free_name(config: RunConfig) -> Path:
     return path
 
 
-def _go(run: RunDirectory, e: Experiment, observer: Observer, transport: Transport | None) -> Result:
-    t, state, client_states = -1, State(), ClientStates(run.checkpoint / "kept")
+def _go(
+    run: RunDirectory, e: Experiment, observer: Observer, transport: Transport | None, accepted: list[dict[str, Any]]
+) -> Result:
+    t, state, client_states, done = -1, State(), ClientStates(run.checkpoint / "kept"), False
     if (run.checkpoint / "latest.json").exists():
-        t, state, client_states, _ = checkpoint.load(run.checkpoint)
+        t, state, client_states, done = checkpoint.load(run.checkpoint)
+        if t > e.config.train.rounds + 1:
+            raise RunError(
+                f"{run.checkpoint} is of round {t}, but the run has {e.config.train.rounds} (train.rounds): the checkpoint is "
+                "another run's, or the run file was changed"
+            )
     threads = e.config.engine.threads
     if threads is not None:
         torch.set_num_threads(threads)
     here = transport is None and e.config.engine.name == "inprocess"
     reached = nullcontext(transport) if here or transport is not None else None
     with reached or flower_server.connected(run, e, observer.doing) as link:
-        return _Run(run, e, observer, client_states, link).go(t, state)
+        return _Run(run, e, observer, client_states, link, accepted).go(t, state, done)
 
 
 class _Run:
@@ -140,8 +199,9 @@ class _Run:
         observer: Observer,
         client_states: ClientStates,
         transport: Transport | None,
+        accepted: list[dict[str, Any]],
     ) -> None:
-        self.run, self.observer = run, observer
+        self.run, self.observer, self._accepted = run, observer, accepted
         here = Simulation(
             e.trainer,
             e.sites,
@@ -162,24 +222,25 @@ class _Run:
         self.rounds = e.config.train.rounds
         self.radio = radio_cost.plan(e.config, [c.id for c in e.clients]) if e.config.network is not None else None
         self._trained = 0
-        self._personal = e.method.personal_models
 
     def _progress(self, count: int) -> None:
         self._trained += count
         self.observer.doing(f"trained {self._trained} clients of this round")
 
-    def go(self, t: int, state: State) -> Result:
+    def go(self, t: int, state: State, done: bool) -> Result:
         e, c = self.e, self.e.config
-        records = self.run.keep_rounds(t) if t >= 0 or self.run.rounds_file.exists() else []
-        self._manifest(adapter=None)
+        records = self.run.rounds() if done else self.run.keep_rounds(t)
+        self._manifest()
         partition.save(dict(e.partition), self.run.partition_file)
         self.observer.assembled(e)
         for record in records:
             self.observer.round(record)
+        if done:  # but for its adapters, which are missing or damaged
+            return self._finish(state)
         if t < 0:
             state = e.initial_state()
             self._record(Record(0), state)
-            checkpoint.save(self.run.checkpoint, 0, state, self.engine.client_states)
+            self._save(0, state)
             t = 0
         self.observer.doing(f"round {t + 1}")
         state = federate(
@@ -191,22 +252,34 @@ class _Run:
             start=t + 1,
             sample=flower_server.sampler(e),
             limits=Limits(c.clients.max_norm, c.clients.max_ratio, c.engine.quorum),
-            recent_steps=[r["report"]["step_norm"] for r in records if "step_norm" in r["report"]],
+            recent_steps=[r["report"]["step_norm"] for r in records if "step_norm" in r.get("report", {})],
             on_round=self._after,
         )
         if e.method.personal_phase:
             self._personalise(state)
+        return self._finish(state)
+
+    def _finish(self, state: State) -> Result:
+        """Write the adapters, then that the run is done."""
+        e = self.e
+        self.run.check_in_place()
         self.observer.doing("writing the adapter")
         export.write(e, e.global_model(state), self.run.adapter)
-        if self._personal:
+        if e.method.personal_models or e.method.personal_phase:
             self.engine.export(e.method, self._served(state), self.rounds + 1)
-        self._manifest(adapter=digest_files(self.run.adapter))
-        checkpoint.save(self.run.checkpoint, self.rounds, state, self.engine.client_states, done=True)
+        clients = {path.parent.name: digest_files(path) for path in sorted(self.run.path.glob("clients/*/adapter"))}
+        self._manifest(adapter=digest_files(self.run.adapter), **({"clients": clients} if clients else {}))
+        self._save(self.rounds, state, done=True)
         return Result(self.run.path, self.run.rounds())
+
+    def _save(self, t: int, state: State, done: bool = False) -> None:
+        self.run.check_in_place()
+        keep = self.e.config.run.keep_checkpoints
+        checkpoint.save(self.run.checkpoint, t, state, self.engine.client_states, done, keep)
 
     def _after(self, state: State, record: Record) -> None:
         self._record(record, state)
-        checkpoint.save(self.run.checkpoint, record.t, state, self.engine.client_states)
+        self._save(record.t, state)
         self._trained = 0
         if record.t < self.rounds:
             self.observer.doing(f"round {record.t + 1}")
@@ -231,7 +304,7 @@ class _Run:
         """Of the server's model, or the mean over the clients' own models where there is no common one."""
         self.observer.doing("evaluating")
         if self.e.method.personal_models:
-            return self._client_scores(state, t)
+            return self._client_scores(state, t, one_by_one=t == self.rounds)
         start = time.perf_counter()
         values = evaluate.score(self.e, self.e.global_model(state))
         return Scores(values, "server", seconds=time.perf_counter() - start)
@@ -260,11 +333,11 @@ class _Run:
                 record.examples[result.client.id] = result.client.examples
                 record.clients.append(result.client.id)
         record.seconds = time.perf_counter() - start
-        self._personal = True
         self.observer.doing("evaluating the personal models")
         self._write(record, state, self._client_scores(state, record.t, one_by_one=True))
 
-    def _manifest(self, adapter: str | None) -> None:
+    def _manifest(self, **adapters: Any) -> None:
+        """What the run is made from; at the end with the hashes of its adapters."""
         e, c = self.e, self.e.config
         self.run.write_manifest(
             {
@@ -273,16 +346,18 @@ class _Run:
                 "labels": e.tables.labels,
                 "targets": e.targets,
                 "clients": {client.id: _without_id(client.to_dict()) for client in e.clients},
+                "rows": {"train": len(e.tables.train), "eval": len(e.tables.eval)},
                 "cohort": e.cohort,
                 "environment": {
                     "device": str(e.device),
                     "dtype": str(e.dtype).removeprefix("torch."),
                     "threads": torch.get_num_threads(),
                 },
-                "lora_parameters": sum((m + n) * e.method.rank for m, n in e.sites.values()),
+                "lora_parameters": e.parameters[1],
                 "head_parameters": sum(x.numel() for group in e.head.values() for x in group.values()),
                 "versions": versions(),
-                "hashes": {"config": digest_file(self.run.config_file), **e.hashes, "adapter": adapter},
+                "accepted_changes": self._accepted,
+                "hashes": {"config": digest_file(self.run.config_file), **e.hashes, "adapter": None, **adapters},
             }
         )
 

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedloom import __version__, checkpoint
+from fedloom import __version__
+from fedloom.disk import disk_errors, write, write_json
 from fedloom.errors import RunError
 from fedloom.runs.config import RunConfig, parse, read_toml
 
@@ -35,6 +36,7 @@ class RunDirectory:
         self.partition_file = path / "partition.json"
         self.checkpoint = path / "checkpoint"
         self.adapter = path / "adapter"
+        self._lock: int | None = None
 
     @staticmethod
     def require_free(path: Path) -> None:
@@ -51,9 +53,9 @@ class RunDirectory:
         """A new run directory that holds the configuration. Raises RunError if there is something at `path` already."""
         RunDirectory.require_free(path)
         run = RunDirectory(path)
-        with checkpoint.disk_errors(path):
+        with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-        checkpoint.write(run.config_file, config.to_toml().encode())
+        write(run.config_file, config.to_toml().encode())
         return run
 
     @staticmethod
@@ -73,16 +75,29 @@ class RunDirectory:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep other processes from training in this directory; the lock ends with the process, however it ends."""
-        with checkpoint.disk_errors(self.path):
-            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
+        with disk_errors(self.path):
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(f"another process is training in {self.path}: wait for it, or stop it") from None
+            self._lock = os.fstat(handle).st_ino
             yield
         finally:
             os.close(handle)
+
+    def check_in_place(self) -> None:
+        """Raise RunError if the directory that is held was moved away: what is written now would be elsewhere."""
+        try:
+            there = (self.path / ".lock").stat().st_ino == self._lock
+        except OSError:
+            there = False
+        if not there:
+            raise RunError(
+                f"{self.path} was moved or removed while the run trained there: nothing more is written; go on with "
+                "`fedloom resume` where it is now"
+            )
 
     def config(self) -> RunConfig:
         """The resolved configuration."""
@@ -91,39 +106,44 @@ class RunDirectory:
     def manifest(self) -> dict[str, Any]:
         """The manifest. Raises RunError if it is missing or damaged."""
         try:
-            value: dict[str, Any] = json.loads(self.manifest_file.read_text())
-        except (OSError, ValueError) as error:
+            value = json.loads(self.manifest_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(
-                f"{self.manifest_file} cannot be read ({error}): the run did not start, or the file is damaged; "
-                f"`fedloom resume {self.path}` writes it again"
+                f"{self.manifest_file} cannot be read ({type(error).__name__}): the run did not start, or the file is damaged; "
+                f"without it nobody knows what the run was made from: restore it from a copy, or start the run again"
             ) from None
+        if not isinstance(value, dict) or not isinstance(value.get("hashes"), dict):
+            raise RunError(f"{self.manifest_file} is damaged: restore it from a copy, or start the run again")
         return value
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Write the manifest, whole or not at all."""
-        checkpoint.write_json(self.manifest_file, {"fedloom": __version__, "format": FORMAT} | manifest)
+        write_json(self.manifest_file, {"fedloom": __version__, "format": FORMAT} | manifest)
 
     def rounds(self) -> list[dict[str, Any]]:
-        """The records of `rounds.jsonl`; a line torn by a crash is left out."""
+        """The records of `rounds.jsonl`; a line that is damaged, as by a crash, is left out, and no other."""
         records = []
         if self.rounds_file.is_file():
-            for line in self.rounds_file.read_text().splitlines():
+            for line in self.rounds_file.read_bytes().splitlines():
                 try:
-                    records.append(json.loads(line))
-                except ValueError:
-                    break
+                    record = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(record, dict) and type(record.get("round")) is int:
+                    records.append(record)
         return records
 
     def keep_rounds(self, last: int) -> list[dict[str, Any]]:
         """Drop the records after round `last` (they belong to no checkpoint) and return the others."""
         records = [record for record in self.rounds() if record["round"] <= last]
-        checkpoint.write(self.rounds_file, "".join(json.dumps(record) + "\n" for record in records).encode())
+        text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        write(self.rounds_file, text.encode())
         return records
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one line to `rounds.jsonl`."""
-        with checkpoint.disk_errors(self.rounds_file), self.rounds_file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        with disk_errors(self.rounds_file), self.rounds_file.open("a") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 

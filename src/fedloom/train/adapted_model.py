@@ -24,8 +24,8 @@ from fedloom.core import Factors
 from fedloom.data.batches import ClientRows, Encoded, Kind, Targets, collate
 from fedloom.errors import ModelError
 from fedloom.state import Group
+from fedloom.train.attention import AttentionName, choose
 from fedloom.train.kernels.lora_linear import FusedLayers
-from fedloom.train.kernels.packed_attention import PACKED, AttentionName, choose
 from fedloom.train.kernels.packed_inputs import Packer
 from fedloom.train.lora_linear import Adapter, Dropout, HookedLayers, Layers, Offset, find_heads, find_layers, full
 
@@ -109,8 +109,10 @@ class AdaptedModel:
         kind = data[0].kind
         self._layers = self._fused if kernels and self._fused is not None else self._hooked
         self._packer = self._packer_for(kind) if pack else None
-        self._use_attention(PACKED if self._packer is not None else self._padded_attention(compute, data))
-        self._hooks = [x.register_forward_hook(partial(self._per_client, n)) for n, x in self._head_layers.items()]
+        self._use_attention(
+            self._packer.attention if self._packer is not None else self._padded_attention(compute, data)
+        )
+        self._hooks = [x.register_forward_hook(partial(self._own_head, n)) for n, x in self._head_layers.items()]
         if kind == "causal-lm":
             self._hooks.append(self._vocabulary().register_forward_pre_hook(self._predicting_only))
         self._layers.attach(self._offsets(offset, compute))
@@ -141,7 +143,7 @@ class AdaptedModel:
         if not blocks:
             raise ModelError(f"{type(self.model).__name__} cannot recompute activations: set checkpointing = false")
         for block in blocks:
-            # transformers recomputes blocks in training mode alone, and some would then drop out themselves (OPT).
+            # transformers recomputes a block in training mode alone, in which some switch on their own dropout (OPT).
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             self._checkpointed.append(block)
 
@@ -168,7 +170,8 @@ class AdaptedModel:
             return made
         return made.index_select(0, targets.row.to(self.device))  # without rows that fill up a client's batch
 
-    def _per_client(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    def _own_head(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        """A layer of the task head, each client's own in place of the model's."""
         weight = self._head.get(f"{name}.weight")
         return y if weight is None else full(inputs[0], weight, self._head.get(f"{name}.bias"))
 

@@ -18,8 +18,8 @@ from fedloom.data.batches import Encoded, schedule, targets
 from fedloom.rng import seed_of
 from fedloom.train import local_steps
 from fedloom.train.adapted_model import AdaptedModel, KernelChoice
+from fedloom.train.attention import AttentionName
 from fedloom.train.flat_parameters import AdapterStack, flatten
-from fedloom.train.kernels.packed_attention import AttentionName
 from fedloom.train.loss import summed_losses
 from fedloom.train.optim import Settings
 
@@ -77,7 +77,7 @@ class Trainer:
     def fit(
         self, works: Sequence[tuple[Client, Work]], data: Sequence[Encoded], t: int, part: int = 0
     ) -> list[Trained]:
-        """Train each client on its data in round t, together where their works have the same roles, sites and base.
+        """Train each client on its data in round t, together where their works have the same roles, sites, base and gates.
 
         `part` counts the works of a visit: each has batches of its own.
 

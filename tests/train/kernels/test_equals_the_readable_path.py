@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM
 
+import fedloom.train
 from fedloom.core import Client, Factors, State, Trained, Work
 from fedloom.data.batches import Encoded
 from fedloom.train.kernels import lora_linear, packing
@@ -261,3 +264,14 @@ def test_importing_the_trainer_changes_nothing_of_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readable_path_knows_the_kernels_at_one_door() -> None:
+    train = Path(fedloom.train.__file__).parent
+    importers = {path.name for path in train.glob("*.py") if "fedloom.train.kernels" in imported_by(path)}
+    assert importers == {"adapted_model.py"}
+
+
+def imported_by(path: Path) -> str:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return " ".join(ast.unparse(node) for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)))

@@ -1,4 +1,4 @@
-"""Frozen layers and the adapters of K clients beside them, in one product. Hu et al., "LoRA", arXiv 2106.09685.
+"""Frozen layers and the adapters of K clients beside them, as one autograd function. Hu et al., "LoRA", arXiv 2106.09685.
 
             x (K * b, L, in), the rows of client 0, then those of client 1, ...
             │                                       or all their tokens, (1, N, in)
@@ -6,8 +6,8 @@
             ├──────────── right (q, in) ──► left (out, q)   (shared offset) ─────► +
             └── A (K, r, in) ──► * scale (K, 1, 1) ──► B (K, out, r) ───────────────► +
 
-One client is K = 1: there is no other path. Layers with the same input, such as query, key and value, are one W, their rows
-end to end, and one A: on a CPU a small product costs more for the call than for its numbers.
+`fedloom.train.lora_linear.lora` is the definition. Layers with the same input, such as query, key and value, are one W, their
+rows end to end, and one A: on a CPU a small product costs more for the call than for its numbers.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Segments:
     """Where the tokens of each of K clients are among N tokens that have no padding: T is the most tokens of a client."""
 
     spread: Tensor
-    """(K * T,) int64: index into the N tokens, any where a client has fewer than T."""
+    """(K * T,) int64: index into the N tokens, arbitrary in padding."""
     padding: Tensor
-    """(P,) int64: index into K * T of those places."""
+    """(P,) int64: index into K * T of the padding of clients with fewer than T tokens."""
     collect: Tensor
-    """(N,) int64: index into K * T of each token, any of an idle one."""
+    """(N,) int64: index into K * T of each token, arbitrary for a padding token."""
 
     def to(self, device: torch.device) -> Segments:
         """The same places on a device."""
@@ -53,7 +53,7 @@ class Segments:
 
 
 class Frozen(NamedTuple):
-    """What no client trains of layers with the same input."""
+    """The fused frozen weights of layers with the same input."""
 
     weight: Tensor  # (out, in), the rows of the first layer, then those of the second, ...
     bias: Tensor | None  # (out,)

@@ -12,11 +12,14 @@ from fedloom.data.batches import ClientRows, Kind, Targets
 from fedloom.models.families import family_of, first_position
 from fedloom.train.kernels import packing
 from fedloom.train.kernels.lora_linear import FusedLayers
-from fedloom.train.kernels.packed_attention import register
+from fedloom.train.kernels.packed_attention import PACKED, register
 
 
 class Packer:
     """Makes the arguments of a model's forward pass from stored rows."""
+
+    attention = PACKED
+    """The name of the attention that the model must use."""
 
     def __init__(self, model: nn.Module, readers: Sequence[str], causal: bool, layers: FusedLayers) -> None:
         self._readers = [model.get_submodule(name) for name in readers]

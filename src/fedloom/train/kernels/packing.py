@@ -14,9 +14,10 @@ are rounded up to a few, by padding tokens after all others and padding rows in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from torch import Tensor
 
 from fedloom.data.batches import ClientRows, spans
 from fedloom.train.kernels.lora_matmul import Segments
+
+P = ParamSpec("P")
 
 _ALIGN = 16
 
@@ -47,7 +50,20 @@ class Bucket:
     """(R, L') bool: `valid` without padding rows, so that each token is there once."""
 
 
-@dataclass
+def _once(make: Callable[Concatenate[Packing, P], Tensor]) -> Callable[Concatenate[Packing, P], Tensor]:
+    """Make an index when the first layer asks for it, and keep it for the others."""
+
+    @wraps(make)
+    def kept(packing: Packing, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        key = (make.__name__, *args, *kwargs.items())
+        if key not in packing._made:
+            packing._made[key] = make(packing, *args, **kwargs)
+        return packing._made[key]
+
+    return kept
+
+
+@dataclass(frozen=True)
 class Packing:
     """Where each token of a batch of K clients is. N counts padding tokens, if any, which come last."""
 
@@ -83,64 +99,49 @@ class Packing:
             _made={},
         )
 
+    @_once
     def row_index(self, heads: int, shared: int) -> Tensor:
         """(M,) index into (N * heads / shared) vectors that lays out, end to end, each bucket's (R, heads, L').
 
         `shared` heads of queries read one of keys.
         """
-        key = (heads, shared)
-        if key not in self._made:
-            head = (torch.arange(heads, device=self.first.device) // shared).view(1, -1, 1)
-            parts = [(x.spread.unsqueeze(1) * (heads // shared) + head).flatten() for x in self.buckets]
-            self._made[key] = torch.cat(parts)
-        return self._made[key]
+        head = (torch.arange(heads, device=self.first.device) // shared).view(1, -1, 1)
+        return torch.cat([(x.spread.unsqueeze(1) * (heads // shared) + head).flatten() for x in self.buckets])
 
+    @_once
     def spread_index(self, heads: int, shared: int) -> Tensor:
         """(3 * M,): the same for N * heads vectors of queries, N * heads / shared of keys and as many of values, end to end."""
-        key = (heads, shared, "spread")
-        if key not in self._made:
-            queries, keys, N = self.row_index(heads, 1), self.row_index(heads, shared), self.input_ids.shape[1]
-            first = N * heads
-            self._made[key] = torch.cat([queries, keys + first, keys + first + first // shared])
-        return self._made[key]
+        queries, keys = self.row_index(heads, 1), self.row_index(heads, shared)
+        first = self.input_ids.shape[1] * heads
+        return torch.cat([queries, keys + first, keys + first + first // shared])
 
+    @_once
     def collect_index(self, heads: int) -> Tensor:
         """(N * heads,): the way back from `row_index`, index into the buckets' M vectors."""
-        key = (heads, "collect")
-        if key not in self._made:
-            source = self.row_index(heads, 1)
-            there = torch.nonzero(self._real(heads)).squeeze(1)
-            # A padding token reads the first vector.
-            back = torch.zeros(self.input_ids.shape[1] * heads, dtype=torch.int64, device=source.device)
-            self._made[key] = back.index_copy_(0, source[there], there)
-        return self._made[key]
+        source = self.row_index(heads, 1)
+        there = torch.nonzero(self._real(heads)).squeeze(1)
+        # A padding token reads the first vector.
+        back = torch.zeros(self.input_ids.shape[1] * heads, dtype=torch.int64, device=source.device)
+        return back.index_copy_(0, source[there], there)
 
+    @_once
     def back_index(self, heads: int) -> Tensor:
         """(3 * N * heads,): the way back from `spread_index`, N * heads vectors each of queries, keys and values."""
-        key = (heads, "back")
-        if key not in self._made:
-            collect, M = self.collect_index(heads), len(self.row_index(heads, 1))
-            self._made[key] = torch.cat([collect, collect + M, collect + 2 * M])
-        return self._made[key]
+        collect, M = self.collect_index(heads), len(self.row_index(heads, 1))
+        return torch.cat([collect, collect + M, collect + 2 * M])
 
+    @_once
     def padding_index(self, heads: int) -> Tensor:
         """(P,): those of the buckets' vectors that are padding."""
-        key = (heads, "padding")
-        if key not in self._made:
-            self._made[key] = torch.nonzero(~self._real(heads)).squeeze(1)
-        return self._made[key]
+        return torch.nonzero(~self._real(heads)).squeeze(1)
 
+    @_once
     def mask(self, i: int, heads: int, dtype: torch.dtype) -> Tensor:
         """What is added to the scores of bucket i: 0 or -inf, (R * heads, 1, L'), or (L', L') if causal."""
-        key = ("mask", i, heads, dtype)
-        if key not in self._made:
-            valid = self.buckets[i].valid
-            L = valid.shape[1]
-            allowed = valid.new_ones(L, L).tril() if self.causal else valid.repeat_interleave(heads, 0).unsqueeze(1)
-            self._made[key] = torch.zeros(allowed.shape, dtype=dtype, device=valid.device).masked_fill_(
-                ~allowed, -torch.inf
-            )
-        return self._made[key]
+        valid = self.buckets[i].valid
+        L = valid.shape[1]
+        allowed = valid.new_ones(L, L).tril() if self.causal else valid.repeat_interleave(heads, 0).unsqueeze(1)
+        return torch.zeros(allowed.shape, dtype=dtype, device=valid.device).masked_fill_(~allowed, -torch.inf)
 
     def _real(self, heads: int) -> Tensor:
         return torch.cat([x.real.unsqueeze(1).expand(-1, heads, -1).flatten() for x in self.buckets])

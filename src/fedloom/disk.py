@@ -1,0 +1,78 @@
+"""Files that are there whole or not at all: written beside, synced, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedloom.errors import RunError
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError while writing into one RunError that says what is lost: nothing."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}. Nothing is lost: free space or fix the permissions, "
+            "then resume the run"
+        ) from error
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    with disk_errors(path):
+        beside = path.with_name(path.name + ".new")
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As `write`, for a JSON value."""
+    write(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Make a folder of files so that it is there whole or not at all: `fill` writes into a new one, which takes its place.
+
+    A crash between the two renames leaves the old one beside, under `.old`.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        fill(beside)
+        for file in sorted(beside.rglob("*")):
+            if file.is_file():
+                _sync(file)
+        sync_folder(beside)
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(beside, path)
+        sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in the folder durable."""
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
