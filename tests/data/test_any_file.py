@@ -41,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @example(b'{"label": "\\ud800"}', "jsonl")
 @example(b'{"label": 1}\n{"label": 1e999}', "jsonl")
 @example(b"[" * 100_000, "json")
+@example(b"\0", "csv")
 @example(b"a,b\n1,2\n,\n", "csv")
 def test_any_bytes_as_a_file(folder: Path, data: bytes, suffix: str) -> None:
     path = folder / f"rows.{suffix}"

@@ -116,7 +116,10 @@ class ClientsSection(_Section):
 
 
 class MethodSection(BaseModel):
-    """[method]: a name and that method's own fields."""
+    """[method]: a name and that method's own fields.
+
+    A name `module:Class` imports that module, from the current folder too: such a run file runs code, as a script does.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
     name: str

@@ -85,7 +85,10 @@ def start(
 def _prepared(config: RunConfig, observer: Observer, transport: Transport | None) -> Experiment:
     """The experiment, with all checked that can be before the first round."""
     planned = plan(config)
-    refuse_contradictions(planned, here=transport is None and config.engine.name == "inprocess")
+    here = transport is None and config.engine.name == "inprocess"
+    refuse_contradictions(planned, here=here)
+    if not here and transport is None:
+        flower_server.check_startable(config)
     e = experiment(planned, observer.doing)
     refuse_too_many(config, len(e.clients))
     e.rows.encode()
