@@ -143,7 +143,9 @@ def test_a_hub_that_is_not_reached_is_one_error(file: Path, tmp_path: Path, caps
         assert captured.startswith("error: ") and "hub" in captured.lower() and "Traceback" not in captured
 
 
-@pytest.mark.parametrize("command", ["run", "resume", "evaluate", "export", "methods", "sensitivity", "verify"])
+@pytest.mark.parametrize(
+    "command", ["run", "resume", "evaluate", "export", "methods", "sensitivity", "verify", "compare", "report"]
+)
 def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call([command, "--help"]) == 0
     assert f"Example: fedloom {command}" in " ".join(capsys.readouterr().out.split())
