@@ -1,7 +1,7 @@
 """An engine that gives sums alone: the simulator, with the secure sum's real messages between its clients and the server.
 
 Each client checks its own upload, for nobody else can, encodes weight * spread(upload) and masks it; the server adds masked
-words and opens the sum of those who answered. A coordinate that fewer than `least` clients train would be read off the sum:
+words and opens the sum of those who answered. A coordinate that fewer than `cover` clients train would be read off the sum:
 all who could tell it apart send there what they received, as if they had not trained it.
 """
 
@@ -35,7 +35,9 @@ class SecureSums:
     """How a run's sums are made, and the keys of its clients, which all live in this process."""
 
     least: int = 3
-    """Clients of the smallest sum that is opened, and that train a coordinate."""
+    """Clients of the smallest sum that is opened."""
+    cover: int = 3
+    """Clients that must train a coordinate; the others leave it as it was."""
     limit: float = 65536.0
     """Largest size of a number that a client sends, times its share of the largest weight."""
     bits: Literal[32, 64] = 64
@@ -144,7 +146,8 @@ class _OneSum:
         return self._wide(client, only(received, *wanted), received)
 
     def _thin(self) -> Tensor:
-        """Which coordinates are trained by some clients, but by fewer than a sum needs. Raises RoundError where that is final."""
+        """Which coordinates some clients train, but fewer than a sum needs. Raises RoundError if they cannot be left out."""
+        least = min(self.visits.sums.cover, len(self.clients))
         cover: Tensor | None = None
         for client in self.clients.values():
             received = self.x.send(client)
@@ -152,11 +155,12 @@ class _OneSum:
             there = (Layout.of(wide).vector(wide) != 0).int()
             cover = there if cover is None else cover + there
         assert cover is not None
-        thin = (cover > 0) & (cover < min(self.terms.least, len(self.clients)))
+        thin = (cover > 0) & (cover < least)
         if thin.any() and (why := self._not_skipped()):
             raise RoundError(
-                f"round {self.terms.t}: {int(thin.sum())} of {len(thin)} coordinates are trained by fewer than {self.terms.least} "
-                f"clients, which a sum would tell apart, and clients cannot leave them out: {why}. Give clients larger budgets"
+                f"round {self.terms.t}: {int(thin.sum())} of {len(thin)} coordinates are trained by fewer than {least} clients "
+                f"(privacy.min_cover), whom a sum would tell apart, and {self.visits.method.name} cannot leave them out "
+                f"({why}): give clients larger budgets"
             )
         return thin
 

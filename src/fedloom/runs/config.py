@@ -189,6 +189,21 @@ class EngineSection(_Section):
         return self
 
 
+class PrivacySection(_Section):
+    """[privacy]: what the server sees of an upload, and what the model may tell of a client or a row."""
+
+    secure_aggregation: bool = False
+    """The server gets the sum of the uploads and no single one."""
+    min_clients: int = Field(3, ge=2)
+    """Clients of the smallest sum that is opened."""
+    min_cover: int = Field(3, ge=1)
+    """Clients that must train a number of the adapter; with fewer, it stays as it was."""
+    limit: float = Field(65536.0, gt=0)
+    """Largest size of a number in a secure sum: a client with a larger one leaves the round."""
+    bits: Literal[32, 64] = 64
+    """Of a number in a secure sum; 32 with a small limit, about 1."""
+
+
 class NetworkSection(_Section):
     """[network]: simulated seconds and joules of every round, from the bytes that crossed and the rows trained on."""
 
@@ -218,6 +233,7 @@ class RunConfig(_Section):
     engine: EngineSection = EngineSection()
     run: RunSection = RunSection()
     network: NetworkSection | None = None
+    privacy: PrivacySection | None = None
 
     @property
     def split_seed(self) -> int:

@@ -14,6 +14,7 @@ from fedloom.core import Method
 from fedloom.data import metrics
 from fedloom.disk import disk_errors
 from fedloom.errors import ConfigError
+from fedloom.runs import private
 from fedloom.runs.config import RunConfig
 
 
@@ -45,6 +46,7 @@ def plan(config: RunConfig) -> Plan:
         method.check(made._client("any", 1, i))
     if method.needs_proxy_data and config.task.proxy_data is None:
         raise ConfigError(f"{method.name} trains on the server in some rounds: name its rows, task.proxy_data")
+    private.check_method(config, method)
     return made
 
 

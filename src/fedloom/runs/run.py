@@ -20,14 +20,13 @@ from fedloom.engine import Engine, Job, Total
 from fedloom.errors import RunError
 from fedloom.flower.transport import Transport
 from fedloom.loop import Limits, Record, federate, in_order
-from fedloom.runs import evaluate, export, flower_server, radio_cost
+from fedloom.runs import evaluate, export, flower_server, private, radio_cost
 from fedloom.runs.config import RunConfig
 from fedloom.runs.contradictions import refuse_contradictions, refuse_too_many
 from fedloom.runs.experiment import Experiment, experiment
 from fedloom.runs.plan import absolute, plan
 from fedloom.runs.record import Scores, line
 from fedloom.runs.run_directory import RunDirectory, digest_file, digest_files
-from fedloom.simulation import Simulation
 from fedloom.state import State
 
 
@@ -202,7 +201,7 @@ class _Run:
         accepted: list[dict[str, Any]],
     ) -> None:
         self.run, self.observer, self._accepted = run, observer, accepted
-        here = Simulation(
+        here = private.engine(e.config)(
             e.trainer,
             e.sites,
             e.rows_of,
