@@ -18,13 +18,13 @@ from torch import Tensor
 from fedloom.core import Client, Each, Exchange, Failure, Method, Round, State
 from fedloom.engine import Answer, Job, Total
 from fedloom.errors import MethodError, RoundError
+from fedloom.privacy.cover import covered
 from fedloom.privacy.exchange import Aggregator, Party, Shares, Terms
 from fedloom.privacy.fixed_point import FixedPoint, Layout
 from fedloom.privacy.keys import RunKey
 from fedloom.privacy.memory import Memory
-from fedloom.rng import generator
 from fedloom.simulation import LocalVisits, Simulation
-from fedloom.spec import Spec, reject_reason, zeros
+from fedloom.spec import reject_reason
 from fedloom.state import only
 
 Rows = TypeVar("Rows")
@@ -150,9 +150,8 @@ class _OneSum:
         least = min(self.visits.sums.cover, len(self.clients))
         cover: Tensor | None = None
         for client in self.clients.values():
-            received = self.x.send(client)
-            wide = self._wide(client, _positive(self.x.expects(client, received)), received)
-            there = (Layout.of(wide).vector(wide) != 0).int()
+            wide = covered(self.visits.method, self.x, client, self.terms.t, self.visits.round.sites)
+            there = Layout.of(wide).vector(wide)
             cover = there if cover is None else cover + there
         assert cover is not None
         thin = (cover > 0) & (cover < least)
@@ -171,12 +170,3 @@ class _OneSum:
             if why := reject_reason(wanted, only(received, *wanted)):
                 return why
         return None
-
-
-def _positive(spec: Spec) -> State:
-    """An upload without a zero; random, so that no sum of its numbers vanishes either."""
-    rng = generator("cover")
-    return {
-        role: {site: 0.5 + torch.rand(x.shape, generator=rng, dtype=x.dtype) for site, x in group.items()}
-        for role, group in zeros(spec).items()
-    }
