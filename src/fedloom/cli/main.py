@@ -12,11 +12,13 @@ import typer
 from click import ClickException
 
 from fedloom.cli import flower, studies
+from fedloom.cli.help import Command, Group
 from fedloom.cli.show import err, finished, out, resumable, say
 from fedloom.errors import ConfigError, FedloomError
 
 app = typer.Typer(
     name="fedloom",
+    cls=Group,
     help="Federated LoRA fine-tuning of language models, where the method is a choice.",
     no_args_is_help=True,
     add_completion=False,
@@ -34,7 +36,7 @@ def _quiet() -> None:
     hub.quiet()
 
 
-@app.command()
+@app.command(cls=Command)
 def run(
     file: Annotated[
         Path | None, typer.Argument(metavar="[FILE.toml]", help="A run file; without one, the packaged quickstart.")
@@ -64,7 +66,7 @@ def run(
     finished(result, file or "")
 
 
-@app.command()
+@app.command(cls=Command)
 def resume(
     path: RunPath,
     round_: Annotated[
@@ -89,7 +91,7 @@ def resume(
     finished(result, path / "run.toml")
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(path: RunPath, client: ClientOption = None) -> None:
     """Score a finished run again, from the adapter that it saved.
 
@@ -102,7 +104,7 @@ def evaluate(path: RunPath, client: ClientOption = None) -> None:
         out.print(f"{name} {value:.6f}")
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     path: RunPath,
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="A new directory.")],
@@ -120,7 +122,7 @@ def export(
     say(f"{'model' if merge else 'adapter'}: {dest}")
 
 
-@app.command()
+@app.command(cls=Command)
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
@@ -134,7 +136,44 @@ def methods(
     tables.print_methods(out, name, json)
 
 
-@app.command()
+@app.command(cls=Command)
+def keys(
+    section: Annotated[str | None, typer.Argument(metavar="[SECTION]", help="One section, such as train.")] = None,
+) -> None:
+    """The keys of a run file, with their defaults and meanings.
+
+    Example: fedloom keys train
+    """
+    from fedloom.cli.keys import print_keys
+
+    print_keys(out, section)
+
+
+@app.command(cls=Command)
+def init(
+    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="The run file to write.")] = Path("run.toml"),
+    kind: Annotated[
+        str, typer.Option(metavar="KIND", help="classification, regression or causal-lm.")
+    ] = "classification",
+) -> None:
+    """Write a run file in which every key is explained.
+
+    Example: fedloom init --kind causal-lm my.toml
+    """
+    from fedloom.cli.starter import starter
+
+    text = starter(kind)
+    try:
+        with file.open("x", encoding="utf-8") as opened:
+            opened.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{file} exists, expected the name of a new file: choose another, or remove it") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written ({error.strerror}): choose another place") from None
+    say(f"wrote {file}; next: fedloom run {file}")
+
+
+@app.command(cls=Command)
 def sensitivity(path: RunPath) -> None:
     """How much directions and magnitudes of A and B change in a round of training, for every convention and reference.
 
@@ -147,7 +186,7 @@ def sensitivity(path: RunPath) -> None:
     tables.print_sensitivity(out, report.measure(path))
 
 
-@app.command()
+@app.command(cls=Command)
 def allocate(
     file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="A fleet: devices, band, model, limits.")],
     solver: Annotated[str, typer.Option(help="bnb: the proven optimum; psca: fast.")] = "bnb",
@@ -175,7 +214,7 @@ def allocate(
     allocate_command(file, solver, json, out_, time_limit_s, sweep, constants_from, seed)
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(path: RunPath) -> None:
     """Recompute the hashes in a run's manifest.
 
@@ -195,17 +234,17 @@ def verify(path: RunPath) -> None:
         raise typer.Exit(1)
 
 
-app.command()(studies.compare)
-app.command()(studies.report)
-app.command()(flower.serve)
-app.command()(flower.node)
+app.command(cls=Command)(studies.compare)
+app.command(cls=Command)(studies.report)
+app.command(cls=Command)(flower.serve)
+app.command(cls=Command)(flower.node)
 
 
 def call(args: list[str] | None = None) -> int:
     """Run a command line (by default the process's own); errors become one message, and the exit code is returned."""
     try:
         # Without standalone mode an exit, Ctrl-C among them, comes back as its code; commands themselves return None.
-        code = app(args, standalone_mode=False)
+        code = app(args, prog_name="fedloom", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return 130
