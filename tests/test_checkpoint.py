@@ -70,6 +70,7 @@ def test_round_trip(tmp_path: Path) -> None:
         "kept/a-000004.safetensors",
         "kept/b-000004.safetensors",
         "latest.json",
+        "round-000004.json",
         "state-000004.safetensors",
     ], "what is not named is swept away"
 
@@ -231,6 +232,7 @@ def test_killed_at_any_call_the_old_or_the_new_round_loads_whole(tmp_path: Path)
         left = {path.name for path in folder.rglob("*") if path.is_file()}
         assert left == {
             "latest.json",
+            f"round-{t + 1:06d}.json",
             f"state-{t + 1:06d}.safetensors",
             *(f"{k}-{t + 1:06d}.safetensors" for k in "ab"),
         }
@@ -299,7 +301,7 @@ def test_damaged_or_missing_kept_state(tmp_path: Path) -> None:
     file = tmp_path / "kept" / "a-000001.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
     kept = checkpoint.load(tmp_path)[2]
-    with pytest.raises(RunError, match="is damaged"):
+    with pytest.raises(RunError, match="is not what the checkpoint names"):
         kept.get("a")
     assert kept.get("b") is not None
     file.unlink()

@@ -28,7 +28,9 @@ FLOORS = [
     ["train", "data", "models", "wireless"],
     ["flower"],
     ["runs"],
-    ["cli", "api"],
+    ["api"],
+    ["studies"],
+    ["cli"],
 ]
 """Modules and packages of `fedloom`, from the ground up: each imports from its own floor and those below, in no circle."""
 

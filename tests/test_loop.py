@@ -14,11 +14,12 @@ from fedloom.communication import ByteCount
 from fedloom.core import Client, Each, Exchange, Failure, Mean, Method, Round, State, Trained, Visit, Work
 from fedloom.engine import Answer, Job, Total
 from fedloom.errors import MethodError, RoundError
-from fedloom.loop import Record, federate, in_order, one_round
+from fedloom.loop import Limits, Record, federate, in_order, one_round
 from fedloom.methods import build
 from fedloom.methods.base import LoRA
 from fedloom.rng import generator
 from fedloom.sampling import all_clients, fraction
+from fedloom.screening import WINDOW
 from fedloom.spec import Dim, Leaf, Spec
 from fedloom.state import only
 
@@ -175,7 +176,7 @@ def test_a_client_that_never_answers() -> None:
 
 def test_norm_limit() -> None:
     method = named("fedit")
-    _, record = one_round(method, Echo(), start(method), CLIENTS, 1, max_norm=6.0)
+    _, record = one_round(method, Echo(), start(method), CLIENTS, 1, limits=Limits(max_norm=6.0))
     assert list(record.dropped) == ["c2", "c3", "c4"] and "above max_norm 6" in record.dropped["c4"]
 
 
@@ -205,12 +206,12 @@ def test_a_quorum_counts_what_can_be_used() -> None:
     method = named("fedit")
     state = start(method)
     engine = Echo(faults={"c1": "nan", "c3": "fails"})
-    one_round(method, engine, state, CLIENTS, 3, quorum=3)
+    one_round(method, engine, state, CLIENTS, 3, limits=Limits(quorum=3))
     with pytest.raises(
         RoundError, match=r"round 3: 3 of 5 clients sent a usable update, expected at least 4 \(c1: .*c3"
     ):
-        one_round(method, engine, state, CLIENTS, 3, quorum=4)
-    one_round(method, Echo(), state, CLIENTS[:2], 3, quorum=4)  # as many as there are
+        one_round(method, engine, state, CLIENTS, 3, limits=Limits(quorum=4))
+    one_round(method, Echo(), state, CLIENTS[:2], 3, limits=Limits(quorum=4))  # as many as there are
 
 
 def test_rounds_are_numbered_from_start_and_every_one_is_told() -> None:
@@ -256,7 +257,7 @@ def test_the_server_trains_in_its_rounds() -> None:
     served = records[1]
     assert served.clients == ["server"] and served.train_loss == 0.5 and served.metrics["server"]["tokens"] == 7.0
     assert served.per_client == {} and not served.up.by_role and not served.down.by_role
-    assert "product_error" in records[0].report and records[1].report == {}
+    assert "product_error" in records[0].report and set(records[1].report) == {"step_norm"}
 
 
 FOLDING = ["fedit", "ffa_lora", "fedsa_lora", "hetlora", "flexlora", "fslora", "fedlodrop", "feddpa", "fedprox"]
@@ -264,7 +265,9 @@ FOLDING += ["scaffold", "fedadam"]
 
 
 @pytest.mark.parametrize("name", FOLDING)
-def test_one_upload_is_held_at_a_time(name: str) -> None:
+@pytest.mark.parametrize("max_ratio, held", [(None, 1), (10.0, WINDOW)], ids=["no bound", "bound"])
+def test_one_upload_is_held_at_a_time(name: str, max_ratio: float | None, held: int) -> None:
+    """With a bound on how far a client may move the model, the first few are until their median is known."""
     method = named(name)
     alive: list[int] = []
     seen: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
@@ -288,12 +291,13 @@ def test_one_upload_is_held_at_a_time(name: str) -> None:
     gc.collect()
     gc.disable()  # by reference counting alone
     try:
-        one_round(method, Streaming(), start(method), clients, 1)
+        one_round(method, Streaming(), start(method), clients, 1, limits=Limits(max_ratio=max_ratio))
     finally:
         gc.enable()
     assert len(alive) == 200
     # The engine's, and the one that the fold has not let go of yet; a stack holds its factors until it is re-factored.
-    assert max(alive) <= (2 if name != "flexlora" else 5), alive[:20]
+    stacked = 3 if name == "flexlora" else 0
+    assert max(alive) <= held + 1 + stacked and max(alive[WINDOW + 5 :]) <= 2 + stacked, alive[:20]
 
 
 def test_bytes_are_counted_by_role() -> None:
@@ -402,7 +406,7 @@ def test_uploads_of_a_stream_come_lifted_and_weighed_in_the_order_of_ids() -> No
     method = Written(rank=2, play=play)
     _, record = one_round(method, Echo(order=[3, 1, 0, 2, 4]), start(method), CLIENTS, 1)
     assert seen == [(f"c{i}", 6.0 * i, 10.0 * (2 + i), float(i)) for i in range(5)]
-    assert record.report == {"uploads": 5.0}
+    assert record.report == {"uploads": 5.0, "step_norm": 0.0}, "the state did not move"
 
 
 def test_a_mean_says_whose_uploads_are_in_it_and_what_they_weigh() -> None:
@@ -530,10 +534,10 @@ def test_a_sum_is_answered_as_a_mean_and_its_bytes_are_those_the_engine_names() 
 def test_a_sum_counts_for_the_quorum() -> None:
     method = named("fedit")
     at = Summing(faults={"c1": "silent", "c3": "fails"})
-    _, record = one_round(method, at, start(method), CLIENTS, 1, quorum=3)
+    _, record = one_round(method, at, start(method), CLIENTS, 1, limits=Limits(quorum=3))
     assert record.dropped == {"c1": "no answer", "c3": "out of memory"} and at.closed == [["c0", "c2", "c4"]]
     with pytest.raises(RoundError, match="3 of 5 clients"):
-        one_round(method, at, start(method), CLIENTS, 1, quorum=4)
+        one_round(method, at, start(method), CLIENTS, 1, limits=Limits(quorum=4))
 
 
 def test_a_sum_of_sizes_that_clients_choose_is_refused() -> None:

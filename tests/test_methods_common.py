@@ -137,14 +137,16 @@ def test_resumed_is_bit_equal_on_twelve_layers_with_clipping(
 
 @every_case
 def test_a_round_changes_what_the_model_says(case: Case, settings: Settings, questions: Path) -> None:
-    """The adapter that was trained is the one that is evaluated: B is not left at zero, nor is the head alone trained."""
+    """What was trained is what is evaluated: B or the offset is not left at zero, nor is the head alone trained."""
     e = made(case, settings, questions)
     if e.method.personal_models:
         pytest.skip("the model is with the clients: see the test of its file")
     state = train(e, 4, e.initial_state(), rounds=2)
     work = e.global_model(state)
     adapter = work.adapter(work.train, work.fixed)
-    assert all(adapter.B[site].abs().max() > 0 and adapter.A[site].abs().max() > 0 for site in e.sites)
+    left = work.base.get("left", {})
+    assert all(max(x[site].abs().max() for x in (adapter.B, left) if site in x) > 0 for site in e.sites)
+    assert all(x.abs().max() > 0 for x in adapter.A.values())
     plain = e.trainer.evaluate(work, e.rows.eval).logits
     head = work.train.get("head") or work.fixed["head"]
     no_adapter = {site: torch.zeros_like(x) for site, x in adapter.B.items()}

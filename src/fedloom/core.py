@@ -234,6 +234,10 @@ class Method(ABC):
     def init(self, sites: Sites, rng: torch.Generator) -> State:
         """The server's first state, without the head."""
 
+    def init_from(self, sites: Sites, rng: torch.Generator, weight: Callable[[str], Tensor]) -> State:
+        """What a run asks: `init`, of a method that begins from the frozen weights; weight(site) is (out, in), float32."""
+        return self.init(sites, rng)
+
     @abstractmethod
     async def server(self, state: State, round: Round) -> State:
         """One round: awaits exchanges with the round's clients, or Work on the server's own data; returns the next state."""

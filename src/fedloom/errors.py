@@ -18,11 +18,16 @@ import difflib
 from collections.abc import Iterable
 from typing import ClassVar
 
+from fedloom import text
+
 
 class FedloomError(Exception):
-    """Base of every error that fedloom raises on purpose."""
+    """Base of every error that fedloom raises on purpose. Its message is printable, and of at most 12 lines."""
 
     exit_code: ClassVar[int] = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(text.message(message))
 
 
 class ConfigError(FedloomError, ValueError):
@@ -63,5 +68,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
     >>> nearest("zzz", ["fedit"])
     ''
     """
-    close = difflib.get_close_matches(word, list(known), n=1)
+    # A word of kilobytes is no misspelling, and the search for its like takes minutes.
+    close = difflib.get_close_matches(word, list(known), n=1) if len(word) <= 100 else []
     return f"; did you mean {close[0]!r}?" if close else ""

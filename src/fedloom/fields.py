@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fedloom.errors import ConfigError, nearest
+from fedloom.text import shown
 
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -38,10 +39,9 @@ def check_fields(instance: Any, what: str) -> None:
         except ValidationError as error:
             known = get_args(hint) if get_origin(hint) is Literal else ()
             hint_text = nearest(value, known) if known and isinstance(value, str) else ""
-            shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:80]}..."
             expected = (
                 f"one of {', '.join(map(str, known))}"
                 if known
                 else error.errors()[0]["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
             )
-            raise ConfigError(f"{what}: {name} is {shown}{hint_text}; expected {expected}") from None
+            raise ConfigError(f"{what}: {name} is {shown(value)}{hint_text}; expected {expected}") from None

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch import Tensor
 
 from fedloom import lora
 from fedloom.client import BUDGETS, check_range, whole_budget
@@ -135,6 +136,11 @@ class Over(Method):
 
     def init(self, sites: Sites, rng: torch.Generator) -> State:
         return self.over.init(sites, rng)
+
+    def init_from(self, sites: Sites, rng: torch.Generator, weight: Callable[[str], Tensor]) -> State:
+        # The inner method draws first, here as in `init`.
+        again = rng.clone_state()
+        return self.init(sites, rng) | self.over.init_from(sites, again, weight)
 
     async def server(self, state: State, round: Round) -> State:
         return self.mine(state) | await self.over.server(self.inner(state), round)

@@ -95,6 +95,20 @@ def svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U * sign, S, Vh * sign.T
 
 
+def principal(W: Tensor, rank: int, rng: torch.Generator, passes: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """The first `rank` singular triplets (U, S, Vh) of a dense W (out, in), O(out in rank), by subspace iteration.
+
+    Halko, Martinsson, Tropp, "Finding Structure with Randomness", arXiv 0909.4061, algorithm 4.4: exact to rounding if
+    rank + 10 reaches min(out, in), else as good as the decay of the singular values beyond `rank` makes it.
+    """
+    q = min(rank + 10, *W.shape)
+    Q = torch.linalg.qr(W @ torch.randn(W.shape[1], q, generator=rng).to(W.dtype))[0]
+    for _ in range(passes):
+        Q = torch.linalg.qr(W @ torch.linalg.qr(W.T @ Q)[0])[0]
+    U, S, Vh = svd(Q, Q.T @ W)
+    return U[:, :rank], S[:rank], Vh[:rank]
+
+
 class Stack:
     """A sum of products in factored form: sum of w B A over what was added, as left (out, R) and right (R, in).
 

@@ -22,26 +22,58 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from fedloom.errors import ConfigError, nearest
+from fedloom.text import shortened, shown
 
 Model = TypeVar("Model", bound=BaseModel)
 Key = tuple[str | int, ...]
 """Names of tables and keys from the top of the file, with numbers for the entries of an array of tables."""
+DEEPEST = 32
+"""Tables and arrays in each other."""
 
 
 def read_toml(path: Path, missing: str) -> dict[str, Any]:
     """The values of a TOML file. Raises ConfigError if it cannot be read; `missing` says so where there is no such file."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(missing) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    return loads(text, str(path))
+
+
+def loads(text: str, source: str) -> dict[str, Any]:
+    """The values of a TOML text. Raises ConfigError if it is none, or nested too deeply, or has a number beyond 64 bits."""
+    try:
+        values = tomllib.loads(text)
+    except RecursionError:
+        raise ConfigError(f"{source} is nested too deeply, expected at most {DEEPEST} tables in each other") from None
+    except ValueError as error:  # a TOMLDecodeError, or an integer of thousands of digits
+        raise ConfigError(f"{source} is not valid TOML: {error}") from None
+    check_size(values, source)
+    return values
+
+
+def check_size(values: object, source: str) -> None:
+    """Raise ConfigError for values that are nested too deeply, and for integers that TOML does not have."""
+    level: list[tuple[str, object]] = [("it", values)]
+    for _ in range(DEEPEST):
+        inner: list[tuple[str, object]] = []
+        for name, value in level:
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise ConfigError(f"{source}: {name} is an integer of more than 64 bits, expected a smaller one")
+            if isinstance(value, Mapping):
+                inner += [(str(key), x) for key, x in value.items()]
+            elif isinstance(value, list | tuple):
+                inner += [(name, x) for x in value]
+        level = inner
+    if level:
+        raise ConfigError(f"{source} is nested too deeply, expected at most {DEEPEST} tables in each other")
 
 
 def validate(model: type[Model], values: Mapping[str, Any], source: str = "") -> Model:
     """A model from nested values. Raises one ConfigError that names every wrong key, after the name of their source."""
+    check_size(values, source or "the input")
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -52,8 +84,12 @@ def validate(model: type[Model], values: Mapping[str, Any], source: str = "") ->
             if key not in told or len(detail["loc"]) > len(told[key]["loc"]):
                 told[key] = detail
         lines = [_explain(model, key, detail, values) for key, detail in told.items()]
-        joined = lines[0] if len(lines) == 1 else "".join(f"\n  - {line}" for line in lines)
-        raise ConfigError(f"{source}: {joined}" if source else joined) from None
+        raise ConfigError(f"{source}: {itemised(lines)}" if source else itemised(lines)) from None
+
+
+def itemised(lines: Sequence[str]) -> str:
+    """One line, or each of them below the other behind a dash."""
+    return lines[0] if len(lines) == 1 else "".join(f"\n  - {line}" for line in lines)
 
 
 def _key(detail: ErrorDetails, values: object) -> Key:
@@ -72,16 +108,16 @@ def _key(detail: ErrorDetails, values: object) -> Key:
 
 
 def _explain(model: type[BaseModel], key: Key, detail: ErrorDetails, values: Mapping[str, Any]) -> str:
-    name, place = _named(key, values)
+    name, place = (shortened(x, 100) for x in _named(key, values))
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = known_keys(model, key[:-1])
-        return f"unknown key {name!r}{place}{nearest(str(key[-1]), known)}; known here: {', '.join(known)}"
+        return f"unknown key {shown(name)}{place}{nearest(str(key[-1]), known)}; known here: {', '.join(known)}"
     if detail["type"] == "missing":
         return f"{name}{place} is missing, and has no default"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{name}{place}: {message}" if key else message
-    return f"{name}{place}: got {detail['input']!r}, {message.replace('Input should be', 'expected')}"
+    return f"{name}{place}: got {shown(detail['input'])}, {message.replace('Input should be', 'expected')}"
 
 
 def _named(key: Key, values: object) -> tuple[str, str]:

@@ -64,9 +64,12 @@ BAD = {
     "missing.jsonl": (None, "there is no file"),
     "empty.jsonl": ("", "is empty"),
     "blank.jsonl": ("\n\n", "no rows"),
-    "bad.jsonl": ('{"a": 1}\n{"a": 2,, ' + "x" * 200 + "}", r"line 2 is not JSON .*…; expected one object a line"),
+    "bad.jsonl": (
+        '{"a": 1}\n{"a": 2,, ' + "x" * 200 + "}",
+        r"line 2 is not JSON .*\.\.\..*; expected one object a line",
+    ),
     "list.jsonl": ("[1, 2]", r"line 1 holds \[1, 2\], expected an object"),
-    "mixed.jsonl": ('{"a": 1}\n{"a": 2}\n{"a": "x"}', "line 3: 'a' is text .x., but a number in the rows before"),
+    "mixed.jsonl": ('{"a": 1}\n{"a": 2}\n{"a": "x"}', r"line 3: 'a' is text \('x'\), but a number in the rows before"),
     "bad.json": ('[{"a": 1},\n {"a" 2}]', "line 2 is not JSON"),
     "number.json": ("3", "expected a list of objects"),
     "ragged.csv": ("text,label\na,1\nb,c,2\n", r"line 3 has 3 fields, expected 2 \(text, label\): b,c,2"),
@@ -74,6 +77,15 @@ BAD = {
     "twice.csv": ("a,a\n1,2\n", "more than one column 'a'"),
     "header.csv": ("text,label\n", "no rows"),
     "open.csv": ('text,label\n"a,1\n', "line 2 is not a table"),
+    "deep.jsonl": ('{"a": ' + "[" * 10**5 + "]" * 10**5 + "}", "line 1 is nested without end"),
+    "deep.json": ("[" * 10**5, "nested without end"),
+    "digits.jsonl": ('{"a": ' + "9" * 5000 + "}", "line 1 has a number that cannot be read"),
+    "bits.jsonl": ('{"a": ' + "9" * 50 + "}", "cannot be read as a table"),
+    "surrogate.jsonl": ('{"a": "\\ud800"}', "cannot be read as a table"),
+    "escape.jsonl": ('{"a": 1}\n\x1b]0;title\x07', r"line 2 is not JSON .*\\x1b\]0;title"),
+    "escape.csv": ("a,\x1b]0;t\x07\n1,2,3\n", r"expected 2 \(a, \\x1b\]0;t"),
+    "wide.csv": (",".join(map(str, range(20_000))) + "\n", "has 20000 columns, expected at most 1000"),
+    "wide.jsonl": (json.dumps({str(i): i for i in range(2000)}), "has 2000 columns, expected at most 1000"),
     "x.parquet": ("not parquet", "is not a Parquet file"),
     "x.txt": ("hello", "cannot be read, expected a file that ends in"),
 }
@@ -118,6 +130,15 @@ def test_require_names_what_is_missing() -> None:
         load.require(ds.select([2, 0]), ["score"])
     with pytest.raises(DataError, match="no rows"):
         load.require(ds.select([]), ["label"])
+
+
+@pytest.mark.parametrize(
+    ("value", "what"), [({"a": 1}, "objects"), ([1, 2], "lists"), (b"who", "bytes"), ([{"a": 1}], "lists")]
+)
+def test_a_column_of_no_text_or_number_is_refused(value: Any, what: str) -> None:
+    ds = Dataset.from_dict({"text": [value, value], "label": [0, 1]})
+    with pytest.raises(DataError, match=f"column 'text' holds {what}, expected text or numbers"):
+        load.require(ds, ["label", "text"])
 
 
 def test_fingerprint_is_of_the_content() -> None:

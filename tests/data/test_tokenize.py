@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features
 
+from fedloom.data import tokenize
 from fedloom.data.batches import Encoded, collate, targets
 from fedloom.data.tokenize import encode_causal, encode_labelled, labels_of
-from fedloom.errors import DataError
+from fedloom.errors import DataError, ModelError
 
 
 def rows_of(encoded: Encoded) -> list[list[int]]:
@@ -30,6 +31,17 @@ def test_numbers_sort_by_value_and_integral_floats_are_integers() -> None:
 def test_a_class_label_keeps_its_declared_order() -> None:
     features = Features({"y": ClassLabel(names=["unacceptable", "acceptable"])})
     assert labels_of(Dataset.from_dict({"y": [1, 0]}, features=features), "y") == ["unacceptable", "acceptable"]
+
+
+def test_a_label_that_reads_as_nan_leaves_the_order_alone() -> None:
+    assert labels_of(Dataset.from_dict({"y": ["2", "nan", "10", "inf"]}), "y") == ["10", "2", "inf", "nan"]
+
+
+def test_a_class_number_without_a_name_is_told() -> None:
+    ds = Dataset.from_dict({"y": [0, 1, 7]})
+    ds.info.features = Features({"y": ClassLabel(names=["a", "b"])})
+    with pytest.raises(DataError, match=r"row 3 has no label in column 'y' \(got 7\)"):
+        labels_of(ds, "y")
 
 
 def test_one_class_is_no_task() -> None:
@@ -116,6 +128,26 @@ def test_templates(llama_tokenizer: Any, template: str) -> None:
 def test_the_chat_template_writes_its_own_special_tokens(llama_tokenizer: Any) -> None:
     ds = Dataset.from_dict({"p": ["w1"], "r": ["w2"]})
     assert rows_of(encode_causal(ds, llama_tokenizer, "p", "r", "chat", 64)) == [[1, 4, 2, 3, 5, 2]]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no user here') }}",
+        "{{ messages[9].content }}",
+        "{% if %}",
+        "{{ ''.__class__.__mro__ }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    ],
+    ids=["raises", "wrong", "no template", "sandbox", "endless"],
+)
+def test_a_chat_template_that_fails_is_one_error(
+    llama_tokenizer: Any, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenize, "_TEMPLATE_S", 0.5)
+    llama_tokenizer.chat_template = template
+    with pytest.raises(ModelError, match="chat template fails"):
+        tokenize.encode_prompts(["w1"], llama_tokenizer, "chat")
 
 
 def test_wrong_templates(llama_tokenizer: Any, gpt2_tokenizer: Any) -> None:

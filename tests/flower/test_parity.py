@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fedloom.flower.transport import GridTransport
+from fedloom.methods import build
 from fedloom.runs import run as runs
 from fedloom.runs.config import parse
 
@@ -20,9 +21,6 @@ Settings = Callable[..., dict[str, Any]]
 
 STATELESS = ("ffa_lora", "hetlora", "flexlora", "fedlodrop", "fedlodrop-over-fslora")
 """Their second round sends and does nothing that the first did not: one is enough, and five seconds less."""
-
-PERSONAL = ("fedsa_lora", "fedlora_optimizer", "feddpa")
-"""Every client ends with a model of its own."""
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +49,8 @@ def test_the_same_bytes_in_process_and_through_flower(
     far = runs.start(config, tmp_path / "far", transport=transport)
 
     assert tensors(tmp_path / "far") == tensors(tmp_path / "here")
-    assert len(tensors(tmp_path / "here")) == (4 if name in PERSONAL else 1)
+    method = build(sections(name)["method"])
+    assert len(tensors(tmp_path / "here")) == (4 if method.personal_models or method.personal_phase else 1)
     for ours, theirs in zip(here.rounds, far.rounds, strict=True):
         for key in ("clients", "dropped", "eval", "bytes_up", "bytes_down", "train_loss", "eval_clients"):
             assert theirs.get(key) == ours.get(key), key

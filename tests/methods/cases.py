@@ -190,6 +190,8 @@ class Case:
     """Six rounds of the toy lower its loss."""
     each: bool = False
     """The server reads every upload, in some round: no sum will do."""
+    start_error: float = 0.0
+    """How far from the original model a start may be: rounding, where weights are taken apart."""
     at_most: bool = False
     """The payload is a bound of what comes up: the client chooses what it sends, and nobody remembers it."""
     replaces: bool = True
@@ -378,6 +380,7 @@ CASES += [
     Case("florist, continue", _of("florist", start="continue", energy=1.0), MIXED, each=True),
     Case("fedmomentum", _of("fedmomentum"), payload=plus_offset, each=True),
     Case("fedmomentum, less energy", _of("fedmomentum", energy=0.9), payload=plus_offset, each=True),
+    Case("frlora", _of("frlora"), payload=plus_offset, start_error=1e-6),
     Case("eclora", _of("eclora"), MIXED, each=True),
     Case("flexlora, error", _of("flexlora", tail="error"), MIXED, each=True),
     Case("flexlora, server", _of("flexlora", tail="server"), MIXED, each=True),
@@ -447,6 +450,11 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {name: (_of(name), {}) 
 }
 """[method] and [clients] of the whole runs that every engine must do alike."""
 
+RUNS |= {
+    name: (_of(name), {"ranks": [1, 2, 4]})
+    for name in ("flora", "zero_padding", "replication_padding", "raflora", "fed_plora", "lora_a2", "fedrora", "eclora")
+}
+
 
 def sections(case: str) -> dict[str, dict[str, Any]]:
     """The [method] and [clients] of one of RUNS, for three clients."""
@@ -459,7 +467,7 @@ SERVER = Client("server", 16, RANK)
 
 def start(method: Method, seed: int = 0, dtype: torch.dtype = torch.float32) -> State:
     """The server's first state with the head that all clients begin with."""
-    state = method.init(SITES, generator(seed, "init"))
+    state = method.init_from(SITES, generator(seed, "init"), lambda site: frozen()[site].float())
     return cast(state | {"head": first_head()}, dtype)
 
 

@@ -389,7 +389,7 @@ def test_a_start_changes_nothing(case: Case) -> None:
             own_model(at, method, state, client, 0),
         ):
             made = update(work)
-            assert made.keys() == SITES.keys() and all((x == 0).all() for x in made.values())
+            assert made.keys() == SITES.keys() and all(x.abs().max() <= case.start_error for x in made.values())
 
 
 @every
@@ -542,7 +542,7 @@ def elsewhere() -> Iterator[Elsewhere]:
     at.stop()
 
 
-ABROAD = ["feddpa", "scaffold", "fedlodrop over fslora", "fedlora_optimizer", "fedask"]
+ABROAD = ["feddpa", "scaffold", "flora", "lora_a2", "fedrora", "fedlodrop over fslora", "fedlora_optimizer", "fedask"]
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.label in ABROAD], ids=lambda case: case.label)

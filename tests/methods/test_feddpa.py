@@ -114,3 +114,26 @@ def test_clients_end_with_models_of_their_own() -> None:
 def test_refused(mix: float) -> None:
     with pytest.raises(ConfigError, match="feddpa: mix is"):
         build({"name": "feddpa", "mix": mix})
+
+
+def test_feddpa_f_is_fedit_until_the_last_round() -> None:
+    plain, method, at = PLAIN.method(), build({"name": "feddpa_f"}, PLAIN.lora()), engine()
+    want = federate(plain, engine(), start(plain), PLAIN.clients(), 3)
+    assert flat(federate(method, at, start(method), PLAIN.clients(), 3)) == flat(want)
+    assert at.client_states.clients() == [], "nothing is kept before the personal phase"
+
+
+def test_feddpa_f_trains_a_copy_of_the_global_adapter_alone_and_then_mixes() -> None:
+    """The local adapter is trained with its whole weight: the mix is for use."""
+    method, at = build({"name": "feddpa_f", "mix": 0.3}, PLAIN.lora()), engine(ToyTrainer(optimizer="sgd"))
+    state = federate(method, at, start(method), PLAIN.clients(), 2)
+    jobs = [(client, method.serve(state, client)) for client in PLAIN.clients()]
+    assert [answer.client for answer in at.personal(method, jobs, 3)] == PLAIN.clients()
+    for client, served in jobs:
+        copy = Work(train=only(served, "A", "B"), fixed=only(served, "head"), scale=1.5)
+        alone = ToyTrainer(optimizer="sgd").fit([(client, copy)], [rows(client.id)], 3)[0].state
+        model = update(at.model(method, (client, served), 3))
+        for site in SITES:
+            shared, local = (x["B"][site] @ x["A"][site] for x in (served, alone))
+            torch.testing.assert_close(model[site], 1.5 * (0.7 * shared + 0.3 * local))
+            assert not torch.equal(shared, local)

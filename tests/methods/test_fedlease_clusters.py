@@ -89,6 +89,7 @@ def test_experts_are_plain_means_of_their_clusters_from_then_on() -> None:
         mine = label["a"] if name in "acey" else label["b"]
         assert served == {"A": later[f"A{mine}"], "B": later[f"B{mine}"]}
     assert METHOD.serve(later, Client("new", 1, RANK)) == only(state, "A", "B")
+    assert METHOD.serves_personal_models
 
 
 def test_a_new_client_trains_on_its_own_first_and_keeps_its_head() -> None:

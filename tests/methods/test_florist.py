@@ -79,7 +79,7 @@ def test_florist_that_continues_keeps_the_ranks_alive_that_it_fills_up() -> None
 def test_florist_reports_the_rank_it_kept() -> None:
     method = build({"name": "florist", "energy": 1.0}, LORA)
     _, record = one_round(method, engine(), start(method), [Client("a", 12, 1), Client("b", 20, 2)], 1)
-    assert record.report == {"kept_rank": 3.0}
+    assert record.report["kept_rank"] == 3.0
 
 
 @pytest.mark.parametrize(

@@ -37,14 +37,14 @@ def serve(
 
     hub.quiet()
     values = config.override(config.read_toml(file), set_ or [])
-    engine = values.setdefault("engine", {})
-    engine |= {"name": "flower", "superlink": superlink}
+    config.put(values, "engine.name", "flower")
+    config.put(values, "engine.superlink", superlink)
     if root_certificates is not None:
         if not root_certificates.is_file():
             raise ConfigError(f"there is no file {root_certificates}, expected the authority's certificate")
-        engine["root_certificates"] = str(root_certificates.resolve())
+        config.put(values, "engine.root_certificates", str(root_certificates.resolve()))
     if clients is not None:
-        values.setdefault("clients", {})["count"] = clients
+        config.put(values, "clients.count", clients)
     settings = config.parse(values, str(file))
     path = out if out is not None else runs.free_name(settings)
     with show.resumable(path), Terminal(show.out) as terminal:
@@ -81,9 +81,9 @@ def node(
     if not is_client_id(id_):
         raise ConfigError(f"--id is {id_!r}, expected letters, digits, dots, dashes and underscores")
     values = config.override(config.read_toml(file), set_ or [])
-    values.setdefault("task", {})["data"] = data
+    config.put(values, "task.data", data)
     if eval_data is not None:
-        values["task"]["eval_data"] = eval_data
+        config.put(values, "task.eval_data", eval_data)
     values["clients"] = {"count": 1, "keep": keep} | ({} if rank is None else {"ranks": rank})
     settings = config.parse(values, str(file))
     load.load(data)  # what is wrong with the file is told here, to who can mend it

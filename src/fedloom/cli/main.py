@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from click import ClickException
 
-from fedloom.cli import flower
+from fedloom.cli import flower, studies
 from fedloom.cli.show import err, finished, out, resumable, say
 from fedloom.errors import ConfigError, FedloomError
 
@@ -195,6 +195,8 @@ def verify(path: RunPath) -> None:
         raise typer.Exit(1)
 
 
+app.command()(studies.compare)
+app.command()(studies.report)
 app.command()(flower.serve)
 app.command()(flower.node)
 
@@ -208,10 +210,10 @@ def call(args: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except FedloomError as error:
-        err.print(f"error: {error}", markup=False, soft_wrap=True)
+        err.print(f"error: {error}", soft_wrap=True)
         return error.exit_code
     except ClickException as error:
-        err.print(f"error: {error.format_message()} (fedloom --help)", markup=False, soft_wrap=True)
+        err.print(f"error: {error.format_message()} (fedloom --help)", soft_wrap=True)
         return 2
 
 

@@ -5,20 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.text import Text
+
+from fedloom.text import printable
 
 if TYPE_CHECKING:
     from fedloom.runs.run import Result
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+
+class Plain(Console):
+    """A console for text of others: its words are no markup, and its escape sequences are seen, not obeyed."""
+
+    def __init__(self, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
+out = Plain()
+err = Plain(stderr=True)
 
 
 def say(text: str) -> None:
-    """One line, as it is: names of others hold no markup, and a long one is not wrapped."""
-    out.print(text, soft_wrap=True, markup=False)
+    """One line, as it is, however long."""
+    out.print(text, soft_wrap=True)
 
 
 @contextmanager
@@ -28,7 +42,7 @@ def resumable(path: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if (path / "run.toml").exists():
-            err.print(f"interrupted; go on with: fedloom resume {path}", soft_wrap=True, markup=False)
+            err.print(f"interrupted; go on with: fedloom resume {path}", soft_wrap=True)
         raise
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from fedloom.cli.show import Plain
 from fedloom.runs.experiment import Experiment
 from fedloom.runs.run import Observer
+from fedloom.text import printable
 
 
 def size(n: int) -> str:
@@ -35,7 +36,7 @@ def _number(value: float | None) -> str:
 class Terminal(Observer):
     """The rounds as a table. Use as a context manager: it gives the terminal back."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Plain) -> None:
         self.console = console
         self.metrics: list[str] = []
         self.table: Table | None = None
@@ -55,7 +56,7 @@ class Terminal(Observer):
     def doing(self, what: str) -> None:
         if self.live is None:
             return
-        spinner = Spinner("dots", Text(what))
+        spinner = Spinner("dots", Text(printable(what)))
         if self.table is None:
             self.live.update(spinner)
             return
@@ -71,16 +72,12 @@ class Terminal(Observer):
         self.console.print(
             f"{method.name} on {c.task.data}: {len(parts.clients)} clients, "
             f"{len(parts.rows.train)} training rows, {len(parts.rows.eval)} held out",
-            highlight=False,
-            markup=False,
             soft_wrap=self.live is None,  # a line of a log is one line
         )
         self.console.print(
             f"{c.model.name} ({parts.base.family}, {str(parts.dtype).removeprefix('torch.')} on {parts.device}), "
             f"rank {method.rank} on {len(parts.sites)} layers: {trained:,} adapter parameters"
             + (f" and {head:,} of the head" if head else ""),
-            highlight=False,
-            markup=False,
             soft_wrap=self.live is None,
         )
         self.metrics = ["loss", *(name for name in parts.tables.metrics if name != "loss")]
@@ -107,10 +104,8 @@ class Terminal(Observer):
             named = " ".join(f"{name} {_number(scores.get(name))}" for name in self.metrics or scores)
             self.console.print(
                 f"round {label}: {named} training_loss {cells[-4]} up {cells[-3]} down {cells[-2]} seconds {cells[-1]}",
-                highlight=False,
-                markup=False,
                 soft_wrap=True,
             )
         for client, why in record["dropped"].items():
             told = f"round {label}: client {client} dropped: {why}"
-            self.console.print(told, style="yellow", highlight=False, markup=False, soft_wrap=self.live is None)
+            self.console.print(told, style="yellow", soft_wrap=self.live is None)

@@ -8,15 +8,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedloom.errors import DataError, nearest
+from fedloom.text import shortened, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+MOST_COLUMNS = 1000
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -28,7 +31,6 @@ def is_path(source: str) -> bool:
 
 def read(path: Path) -> Dataset:
     """The rows of a file. Raises DataError if it is missing, empty, malformed or of another type."""
-    import datasets
 
     suffix = path.suffix.lower()
     if path.is_dir():
@@ -42,7 +44,7 @@ def read(path: Path) -> Dataset:
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty, expected at least one row")
         if suffix == ".parquet":
-            ds = datasets.Dataset(_parquet(path))
+            ds = _parquet(path)
         else:
             text = path.read_text(encoding="utf-8-sig")
             if suffix in (".csv", ".tsv"):
@@ -64,26 +66,17 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where} is not JSON ({error.msg} at column {error.colno}): {_short(line)}; expected one object a line"
-            ) from error
-        yield where, _object(where, row)
+        yield where, _object(where, _parsed(where, line, "one object a line"))
 
 
 def _json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # JSON lines under the other name
-            yield from _json_lines(path, text)
+        rows = _parsed(str(path), text, "a list of objects")
+    except DataError as error:
+        if isinstance(error.__cause__, json.JSONDecodeError) and error.__cause__.msg == "Extra data":
+            yield from _json_lines(path, text)  # JSON lines under the other name
             return
-        line = text.split("\n")[error.lineno - 1]
-        raise DataError(
-            f"{path}, line {error.lineno} is not JSON ({error.msg} at column {error.colno}): {_short(line)}"
-        ) from error
+        raise
     if isinstance(rows, dict):
         lists = [value for value in rows.values() if isinstance(value, list)]
         rows = lists[0] if len(lists) == 1 else [rows]
@@ -94,11 +87,26 @@ def _json(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, _object(where, row)
 
 
+def _parsed(where: str, text: str, expected: str) -> Any:
+    """A JSON value. Raises DataError if it is none, or a table cannot hold it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        lines = text.split("\n")
+        place = where if len(lines) == 1 else f"{where}, line {error.lineno}"
+        raise DataError(
+            f"{place} is not JSON ({error.msg} at column {error.colno}): {_short(lines[error.lineno - 1])}; "
+            f"expected {expected}"
+        ) from error
+    except RecursionError:
+        raise DataError(f"{where} is nested without end, expected an object of texts and numbers") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise DataError(f"{where} has a number that cannot be read ({error}), expected at most 64 bits") from None
+
+
 def _object(where: str, row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(
-            f'{where} holds {_short(json.dumps(row))}, expected an object such as {{"text": ..., "label": ...}}'
-        )
+        raise DataError(f'{where} holds {shown(row)}, expected an object such as {{"text": ..., "label": ...}}')
     return row
 
 
@@ -109,13 +117,20 @@ def _records(path: Path, rows: Iterator[tuple[str, dict[str, Any]]]) -> Dataset:
 
     found = list(rows)
     names = list(dict.fromkeys(name for _, row in found for name in row))
+    _few_columns(path, len(names))
     columns = {name: [row.get(name) for _, row in found] for name in names}
     try:
         return datasets.Dataset.from_dict(columns)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+    except (pa.ArrowException, TypeError, ValueError, OverflowError, RecursionError) as error:
         for name, values in columns.items():
             _uniform(name, values, [where for where, _ in found])
         raise DataError(f"{path} cannot be read as a table: {error}") from error
+
+
+def _few_columns(path: Path, count: int) -> None:
+    # Tables of datasets take minutes for ten thousand.
+    if count > MOST_COLUMNS:
+        raise DataError(f"{path} has {count} columns, expected at most {MOST_COLUMNS}: keep those of the task")
 
 
 def _uniform(name: str, values: list[Any], where: list[str]) -> None:
@@ -132,7 +147,7 @@ def _uniform(name: str, values: list[Any], where: list[str]) -> None:
         first = first or kind(value)
         if kind(value) != first:
             raise DataError(
-                f"{place}: {name!r} is {kind(value)} ({_short(str(value))}), but {first} in the rows before: use one type"
+                f"{place}: {name!r} is {kind(value)} ({shown(value)}), but {first} in the rows before: use one type"
             )
 
 
@@ -144,13 +159,15 @@ def _table(path: Path, text: str, delimiter: str) -> Dataset:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = next(reader, None) or []
-        twice = sorted({name for name in header if header.count(name) > 1})
+        _few_columns(path, len(header))
+        twice = sorted(name for name, count in Counter(header).items() if count > 1)
         if twice:
-            raise DataError(f"{path} has more than one column {twice[0]!r}: columns need names of their own")
+            raise DataError(f"{path} has more than one column {shown(twice[0])}: columns need names of their own")
         for row in reader:
             if row and len(row) != len(header):
+                names = shortened(", ".join(header), 200)
                 raise DataError(
-                    f"{path}, line {reader.line_num} has {len(row)} fields, expected {len(header)} ({', '.join(header)}): "
+                    f"{path}, line {reader.line_num} has {len(row)} fields, expected {len(header)} ({names}): "
                     f"{_short(delimiter.join(row))}; put fields that hold {delimiter!r} in double quotes"
                 )
         frame = pd.read_csv(io.StringIO(text, newline=""), sep=delimiter, keep_default_na=False, na_values=[""])
@@ -161,16 +178,22 @@ def _table(path: Path, text: str, delimiter: str) -> Dataset:
     return datasets.Dataset.from_pandas(frame, preserve_index=False)
 
 
-def _parquet(path: Path) -> Any:
-    import pyarrow as pa
+def _parquet(path: Path) -> Dataset:
+    import datasets
     import pyarrow.parquet as pq  # type: ignore[import-untyped]  # ships no types
     from datasets.table import InMemoryTable
 
     try:
-        return InMemoryTable(pq.read_table(path))
-    except pa.ArrowException as error:
-        raise DataError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from error
+        return datasets.Dataset(InMemoryTable(pq.read_table(path)))
+    except OSError as error:  # Arrow's own error for a file that is damaged is one too
+        raise DataError(f"{path} is not a Parquet file: {_first_line(error)}") from error
+    except Exception as error:  # types and metadata that the readers do not know fail in many ways
+        raise DataError(f"{path} is not a Parquet file that can be read: {_first_line(error)}") from error
 
 
-def _short(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _short(text: str) -> str:
+    return shortened(text, 60)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.errors import DataError, nearest
+from fedloom.text import shortened, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,16 +28,18 @@ def labels_of(train: Dataset, label: str) -> list[str]:
     labels = list(names) if names is not None else sorted(found, key=_label_order(found))
     if len(found) < 2:
         raise DataError(
-            f"column {label!r} has one class only ({labels[0]!r}), expected at least two: choose another label column"
+            f"column {label!r} has one class only ({shown(min(found))}), expected at least two: choose another label column"
         )
     return labels
 
 
 def _label_order(found: set[str]) -> Any:
     try:
-        return {name: (float(name), name) for name in found}.__getitem__
+        order = {name: (float(name), name) for name in found}
     except ValueError:
         return str
+    # A NaN has no place among numbers: the order would be that of the set, another one in every process.
+    return order.__getitem__ if all(math.isfinite(value) for value, _ in order.values()) else str
 
 
 def _label_names(ds: Dataset, label: str) -> list[str]:
@@ -44,7 +47,11 @@ def _label_names(ds: Dataset, label: str) -> list[str]:
     names = getattr(ds.features[label], "names", None)
     result = []
     for row, value in enumerate(ds[label]):
-        if value is None or (isinstance(value, float) and math.isnan(value)) or (names is not None and value < 0):
+        if (
+            value is None
+            or (isinstance(value, float) and math.isnan(value))
+            or (names is not None and not 0 <= value < len(names))
+        ):
             raise DataError(
                 f"row {row + 1} has no label in column {label!r} (got {value!r}): remove the row or label it"
             )
@@ -65,8 +72,8 @@ def classes(ds: Dataset, label: str, labels: Sequence[str]) -> NDArray[np.int64]
     if unseen:
         name, row = next(iter(sorted(unseen.items(), key=lambda item: item[1])))
         raise DataError(
-            f"label {name!r} (row {row + 1}, column {label!r}) does not occur in the training data, expected one of: "
-            f"{', '.join(labels)}{nearest(name, labels)}. Remove such rows, or train on rows that have the label"
+            f"label {shown(name)} (row {row + 1}, column {label!r}) does not occur in the training data, expected one of: "
+            f"{shortened(', '.join(labels), 300)}{nearest(name, labels)}. Remove such rows, or train on some that have it"
         )
     return np.fromiter((index[name] for name in found), np.int64, len(found))
 
@@ -76,11 +83,12 @@ def values(ds: Dataset, label: str) -> NDArray[np.float32]:
     result = np.empty(len(ds), np.float32)
     for row, value in enumerate(ds[label]):
         try:
-            result[row] = float(value)
+            with np.errstate(over="ignore"):  # beyond float32 is infinite, and told below
+                result[row] = float(value)
         except (TypeError, ValueError):
             result[row] = np.nan
         if not np.isfinite(result[row]):
             raise DataError(
-                f"row {row + 1} has {value!r} in column {label!r}, expected a number: regression needs finite numbers"
+                f"row {row + 1} has {shown(value)} in column {label!r}, expected a number: regression needs finite numbers"
             )
     return result

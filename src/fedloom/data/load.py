@@ -14,6 +14,7 @@ from fedloom.data import files, glue, hub, packaged
 from fedloom.data.glue import glue_fields as glue_fields
 from fedloom.errors import DataError, nearest
 from fedloom.rng import seed_of
+from fedloom.text import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,14 +56,31 @@ def require(ds: Dataset, columns: Iterable[str]) -> None:
     for name in columns:
         if name not in ds.column_names:
             raise DataError(
-                f"there is no column {name!r}, the data has: {', '.join(ds.column_names)}{nearest(name, ds.column_names)}"
+                f"there is no column {name!r}, the data has: "
+                f"{shortened(', '.join(ds.column_names), 300)}{nearest(name, ds.column_names)}"
             )
         values = ds.select_columns([name]).with_format("arrow")[:].column(name)
+        if why := _no_value(values.type):
+            raise DataError(f"column {name!r} holds {why}, expected text or numbers: flatten or convert it")
         bad = pc.is_null(values, nan_is_null=pa.types.is_floating(values.type))
         count = pc.sum(bad).as_py()
         if count:
             row = pc.index(bad, True).as_py() + 1
             raise DataError(f"row {row} has no value in column {name!r} ({count} such rows): fill or remove them")
+
+
+def _no_value(kind: Any) -> str | None:
+    """What an Arrow type holds where it is neither text nor a number, or None."""
+    import pyarrow as pa
+
+    t = pa.types
+    if t.is_struct(kind) or t.is_map(kind) or t.is_union(kind):
+        return "objects"
+    if t.is_nested(kind):
+        return "lists"
+    if t.is_binary(kind) or t.is_large_binary(kind) or t.is_fixed_size_binary(kind):
+        return "bytes"
+    return None
 
 
 def fingerprint(ds: Dataset) -> str:

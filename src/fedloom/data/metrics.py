@@ -9,10 +9,40 @@ from typing import Any
 import numpy as np
 
 from fedloom.data import glue
-from fedloom.errors import DataError, nearest
+from fedloom.errors import ConfigError, DataError, nearest
+from fedloom.text import shown
 
 Values = Any
 """Class indices (n,), numbers (n,) or texts (n), by metric; an array or a sequence."""
+
+
+NEEDS_TEXT = frozenset({"exact_match", "rouge_l"})
+"""Metrics of a causal LM that compare the answer it writes."""
+
+_OF_KIND = {
+    "classification": ("loss", "accuracy", "macro_f1", "f1", "matthews"),
+    "regression": ("loss", "pearson", "spearman"),
+    "causal-lm": ("loss", "perplexity", "exact_match", "rouge_l"),
+}
+
+
+def check(names: Sequence[str], kind: str, classes: int | None = None) -> None:
+    """Raise ConfigError for a metric that there is not, that scores another kind of task, or another number of classes."""
+    for name in names:
+        if name not in _METRICS:
+            raise ConfigError(f"task.metrics: {_unknown(name)}")
+        if name not in _OF_KIND[kind]:
+            others = [other for other, scores in _OF_KIND.items() if name in scores]
+            raise ConfigError(
+                f"task.metrics: {name} scores a {' or '.join(others)}, and task.kind is {kind!r}: "
+                f"expected some of {', '.join(_OF_KIND[kind])}"
+            )
+        if name == "f1" and classes is not None and classes != 2:
+            raise ConfigError(f"task.metrics: f1 is for two classes, and the data has {classes}: use macro_f1")
+
+
+def _unknown(name: str) -> str:
+    return f"there is no metric {shown(name)}, expected one of {', '.join(_METRICS)}{nearest(name, _METRICS)}"
 
 
 def compute(names: Sequence[str], predictions: Values, references: Values) -> dict[str, float]:
@@ -28,9 +58,7 @@ def compute(names: Sequence[str], predictions: Values, references: Values) -> di
     """
     for name in names:
         if name not in _METRICS:
-            raise DataError(
-                f"there is no metric {name!r}, expected one of {', '.join(_METRICS)}{nearest(name, _METRICS)}"
-            )
+            raise DataError(_unknown(name))
     if len(predictions) == 0:
         raise DataError("there are no predictions to score, expected at least one row")
     if references is not None and len(predictions) != len(references):

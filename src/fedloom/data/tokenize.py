@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +16,8 @@ from fedloom.data.batches import Encoded as Encoded
 from fedloom.data.batches import Kind
 from fedloom.data.labels import classes, values
 from fedloom.data.labels import labels_of as labels_of
-from fedloom.errors import DataError, nearest
+from fedloom.errors import DataError, ModelError, nearest
+from fedloom.text import shortened, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,6 +31,7 @@ TEMPLATES = {
 }
 """What is put around a prompt; the answer follows. `chat` stands for the tokenizer's own chat template."""
 
+_TEMPLATE_S = 30.0  # for one block of prompts in a chat template: a hundred times what it takes
 _BLOCK = 1024  # rows tokenised at once: bounds the memory of the Python lists that a tokenizer returns
 
 
@@ -128,16 +133,13 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, template: str |
                 f"template 'chat' needs a tokenizer with a chat template, and this one has none: use one of "
                 f"{', '.join(TEMPLATES)}, or a string with {{prompt}} in it"
             )
-        texts = [
-            tokenizer.apply_chat_template([{"role": "user", "content": x}], tokenize=False, add_generation_prompt=True)
-            for x in prompts
-        ]
+        texts = _in_chat_template(prompts, tokenizer)
         special = False  # a chat template writes its special tokens itself
     else:
         form = TEMPLATES.get(name, name)
         if "{prompt}" not in form:
             raise DataError(
-                f"got template {name!r}, expected {', '.join(TEMPLATES)}, chat, or a string with {{prompt}} in it"
+                f"got template {shown(name)}, expected {', '.join(TEMPLATES)}, chat, or a string with {{prompt}} in it"
                 f"{nearest(name, [*TEMPLATES, 'chat'])}"
             )
         texts = [form.replace("{prompt}", x) for x in prompts]
@@ -149,6 +151,42 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, template: str |
     # closes the text.
     rows = [row[:-1] if special and len(row) > 1 and row[-1] == end else row for row in rows]
     return [row or [_pad_id(tokenizer) if begin is None else begin] for row in rows]
+
+
+def _in_chat_template(prompts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
+    """The prompts as a user's turn. The template is a program of the model's author: it may fail, or never end."""
+    try:
+        with _time_limit(_TEMPLATE_S):
+            return [
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": x}], tokenize=False, add_generation_prompt=True
+                )
+                for x in prompts
+            ]
+    except Exception as error:  # whatever a template raises, or what its sandbox does
+        raise ModelError(
+            f"the model's chat template fails ({type(error).__name__}: {shortened(str(error), 200)}), expected one that "
+            f"renders a user's turn: mend it, or set task.template to one of {', '.join(TEMPLATES)}"
+        ) from error
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block once so much time has passed, where signals reach it: in the main thread."""
+    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+
+    def late(number: int, frame: object) -> None:
+        raise TimeoutError(f"not done after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def fit_prompt(row: list[int], room: int, tokenizer: Tokenizer) -> list[int]:

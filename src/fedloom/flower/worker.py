@@ -95,9 +95,9 @@ class Worker:
             more, blobs = self._done(run, header, parts)
             return pack(head | more, blobs)
         except (WireError, Refused, ConfigError, MethodError) as error:
-            log.warning("refused: %s", error)
+            log.warning("refused: %s", printable(error))
             more = {"unknown": True} if isinstance(error, Unknown) else {}
-            return pack(head | {"refused": printable(error, 500)} | more)
+            return pack(head | {"refused": printable(error)} | more)
         except Exception as error:
             log.exception("failed")
             return pack(head | {"refused": f"{type(error).__name__} on the node; its log says more"})

@@ -47,6 +47,7 @@ _KNOWN = {
     "flora": "flora:FLoRA",
     "florist": "florist:FLoRIST",
     "fedmomentum": "fedmomentum:FedMomentum",
+    "frlora": "frlora:FRLoRA",
     "eclora": "flexlora:ECLoRA",
     "zero_padding": "zero_padding:ZeroPadding",
     "replication_padding": "zero_padding:ReplicationPadding",

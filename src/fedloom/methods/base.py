@@ -9,7 +9,7 @@ import torch
 from annotated_types import Ge, Gt
 
 from fedloom import lora
-from fedloom.core import Method, Visit, Work
+from fedloom.core import Client, Method, Visit, Work
 from fedloom.fields import check_fields
 from fedloom.state import Sites, State
 
@@ -32,6 +32,10 @@ class LoRA(Method):
     def scale(self) -> float:
         """Multiplies B @ A."""
         return lora.scale(self.alpha, self.rank, self.rslora)
+
+    def scale_of(self, client: Client) -> float:
+        """The scale at the client's own rank, of a method whose clients train with it."""
+        return lora.scale(self.alpha, client.rank, self.rslora)
 
     def init(self, sites: Sites, rng: torch.Generator) -> State:
         return lora.init(sites, self.rank, rng)

@@ -44,6 +44,7 @@ class FedLEASEClusters(LoRA):
     paper: ClassVar[str] = "Wang et al., Adaptive LoRA Experts Allocation and Selection (its clustering), NeurIPS 2025"
     group: ClassVar[str] = "personal"
     personal_models = True
+    serves_personal_models = True
 
     async def server(self, state: State, round: Round) -> State:
         cluster: Group = dict(state.get("cluster", {}))

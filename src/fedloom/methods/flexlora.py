@@ -18,7 +18,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge
 from torch import Tensor
 
-from fedloom import lora, slices
+from fedloom import slices
 from fedloom.core import Client, Each, Round, Visit, Work
 from fedloom.methods import products
 from fedloom.methods.base import LoRA
@@ -27,14 +27,13 @@ from fedloom.state import State, only
 
 @dataclass(frozen=True, kw_only=True)
 class Redistributed(LoRA):
-    """Server state: A = Vh and B = U S at the largest rank, at scale 1; a client trains the leading ranks, at its own scale."""
+    """Server state: A = Vh and B = U S at the largest rank, at scale 1; a client trains the leading ranks, at its own scale.
+
+    So does FlexLoRA's official code, which fixes alpha at 16: the server divides by that scale.
+    """
 
     group: ClassVar[str] = "unequal ranks"
     budgets: ClassVar[frozenset[str]] = frozenset({"rank"})
-
-    def scale_of(self, client: Client) -> float:
-        """The client's own scale (as FlexLoRA's official code, which fixes alpha at 16): the server divides by it."""
-        return lora.scale(self.alpha, client.rank, self.rslora)
 
     def leading(self, S: Tensor) -> int:
         """How many of a sum's singular values the adapter holds."""

@@ -32,16 +32,13 @@ class FLoRA(LoRA):
     group: ClassVar[str] = "sums of products"
     budgets: ClassVar[frozenset[str]] = frozenset({"rank"})
 
-    def scale_of(self, client: Client) -> float:
-        """The scale that the client trains with. The stack is merged with it: the official code applies one scale to the
-        whole stack, right only if all clients are there and their ranks have the mean that it assumes."""
-        return lora.scale(self.alpha, client.rank, self.rslora)
-
     def init(self, sites: Sites, rng: torch.Generator) -> State:
         return {"fresh": {"seed": torch.randint(2**62, (1,), generator=rng)}}
 
     async def server(self, state: State, round: Round) -> State:
         asked = Each(send=lambda client: self.serve(state, client), expects=own_rank(round.sites))
+        # Each client's own scale: the official code applies one to the whole stack, which is right only if all clients are
+        # there and their ranks have the mean that it assumes.
         total = await products.summed(asked, self.scale_of)
         return state | products.merged(state, total.stacks) | total.head
 

@@ -12,6 +12,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from fedloom import toml
 from fedloom.errors import ConfigError
+from fedloom.text import shown
+
+_LARGE = 1e30
+"""Of a number that float32 must hold, squared or times another one of the run."""
 
 
 class _Section(BaseModel):
@@ -48,15 +52,15 @@ class TaskSection(_Section):
     response: str = "response"
     template: str = "plain"
     """Around the prompt: "plain", "question", "alpaca", "chat", or a text with {prompt} in it."""
-    max_length: int = Field(128, ge=2)
-    """Tokens a row."""
+    max_length: int = Field(128, ge=2, le=1_000_000)
+    """Tokens a row; the default is no more than the model has positions."""
     holdout: float = Field(0.1, gt=0, lt=1)
     """Share of the rows held out when there is no eval_data."""
     limit: int | None = Field(None, ge=1)
     """Use so many training rows at most."""
     eval_limit: int | None = Field(None, ge=1)
     metrics: list[str] | None = None
-    max_new_tokens: int = Field(32, ge=1)
+    max_new_tokens: int = Field(32, ge=1, le=100_000)
     """For metrics of a causal LM that need an answer (exact_match, rouge_l)."""
 
 
@@ -64,7 +68,7 @@ class LoraSection(_Section):
     """[lora]"""
 
     rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
+    alpha: float = Field(16.0, gt=0, le=1e6)
     targets: Literal["auto"] | list[str] = "auto"
     rslora: bool = False
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -77,24 +81,26 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class ClientsSection(_Section):
     """[clients]"""
 
-    count: int | None = Field(None, ge=1)
+    count: int | None = Field(None, ge=1, le=1_000_000)
     """4 by default; a by-field partition has one client for each value."""
     fraction: float = Field(1.0, gt=0, le=1)
     """Sampled each round."""
     partition: Literal["iid", "dirichlet", "pathological", "by-field", "by-length"] = "iid"
-    alpha: float = Field(0.5, gt=0)
+    alpha: float = Field(0.5, ge=1e-6, le=1e6)
     """Of the Dirichlet law: smaller is more skewed."""
     field: str | None = None
     """The column that a by-field partition follows."""
     classes_per_client: int = Field(2, ge=1)
     """Of a pathological partition."""
+    split_seed: int | None = Field(None, ge=0)
+    """Of hold-out, limits and partition; by default the run's seed, which start, sampling and batches follow."""
     ranks: int | list[int] | None = None
     """Cycled over the clients; by default lora.rank."""
     keep: Share | list[Share] | str = 1.0
     """Cycled over the clients, or the file of an allocation."""
-    max_norm: float | None = Field(None, gt=0)
+    max_norm: float | None = Field(None, gt=0, le=_LARGE)
     """Drop an upload whose norm is larger."""
-    max_ratio: float | None = Field(10.0, gt=1)
+    max_ratio: float | None = Field(10.0, gt=1, le=_LARGE)
     """Drop an upload that moves the model so many times as far as the median client's; 0 in the file stands for no bound."""
 
     @model_validator(mode="before")
@@ -119,16 +125,16 @@ class MethodSection(BaseModel):
 class TrainSection(_Section):
     """[train]"""
 
-    rounds: int = Field(5, ge=0)
-    local_steps: int | None = Field(None, ge=1)
-    local_epochs: int | None = Field(None, ge=1)
+    rounds: int = Field(5, ge=0, le=1_000_000)
+    local_steps: int | None = Field(None, ge=1, le=100_000)
+    local_epochs: int | None = Field(None, ge=1, le=10_000)
     """Either of the two; one epoch by default."""
     batch_size: int = Field(16, ge=1)
-    lr: float = Field(1e-3, ge=0)
+    lr: float = Field(1e-3, ge=0, le=_LARGE)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     momentum: float = Field(0.0, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    clip: float | None = Field(1.0, gt=0)
+    weight_decay: float = Field(0.0, ge=0, le=1e6)
+    clip: float | None = Field(1.0, gt=0, le=_LARGE)
     """Largest norm of a client's gradient; 0 in the file stands for no limit."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: float = Field(0.0, ge=0, le=1)
@@ -155,7 +161,7 @@ class EngineSection(_Section):
     name: Literal["inprocess", "flower"] = "inprocess"
     cohort: Literal["auto"] | int = "auto"
     """Clients trained in one pass. Results with another cohort size agree up to rounding."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=4096)
     kernels: Literal["auto", "off"] = "auto"
     """Fast paths of training where the architecture has them; `off`: the plain one, for any model."""
 
@@ -163,17 +169,17 @@ class EngineSection(_Section):
     """flower: host:port of a running SuperLink; without one, a deployment is started on this machine for the run."""
     root_certificates: str | None = None
     """flower: the PEM file of the authority that signed the SuperLink's certificate; without it, no TLS."""
-    nodes: int | None = Field(None, ge=1)
+    nodes: int | None = Field(None, ge=1, le=1024)
     """flower, on this machine: how many nodes share the clients; two by default."""
     wire: Literal["float32", "bfloat16", "int8"] = "float32"
     """flower: how float32 numbers cross. int8 is for uploads, with error feedback; what the server sends is then float32."""
-    deadline_s: float = Field(600.0, gt=0)
+    deadline_s: float = Field(600.0, gt=0, le=1e8)
     """flower: how long a round waits for answers."""
     quorum: int = Field(1, ge=1)
     """A round with fewer usable answers is not counted, and the run stops at its checkpoint."""
-    oversample: float = Field(0.0, ge=0)
+    oversample: float = Field(0.0, ge=0, le=100)
     """flower: ask so many more clients (0.5: half as many again) and take those that answer first."""
-    patience_s: float = Field(600.0, gt=0)
+    patience_s: float = Field(600.0, gt=0, le=1e8)
     """flower: how long the start waits for clients to announce themselves."""
 
     @model_validator(mode="after")
@@ -213,6 +219,11 @@ class RunConfig(_Section):
     run: RunSection = RunSection()
     network: NetworkSection | None = None
 
+    @property
+    def split_seed(self) -> int:
+        """Seed of hold-out, limits and partition: who has which rows."""
+        return self.seed if self.clients.split_seed is None else self.clients.split_seed
+
     def to_toml(self) -> str:
         """The resolved configuration as a run file."""
         values = self.model_dump(exclude_none=True)
@@ -248,19 +259,30 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
     """
     for text in overrides:
         key, equals, value = text.partition("=")
-        parts = key.strip().split(".")
-        if not equals or not all(parts):
-            raise ConfigError(f"--set got {text!r}, expected KEY=VALUE with a dotted key such as train.rounds=5")
-        try:
-            parsed = tomllib.loads(f"x = {value}")["x"]
-        except tomllib.TOMLDecodeError:
-            parsed = value
-        into = values
-        for part in parts[:-1]:
-            into = into.setdefault(part, {})
-            if not isinstance(into, dict):
-                raise ConfigError(f"--set {text!r}: {part} is no section of a run file")
-        if parts[-1] == "name" and parts[0] == "method" and into.get("name") != parsed:
-            into.clear()  # another method's fields do not carry over, nor the method under it
-        into[parts[-1]] = parsed
+        if not equals or not all(key.strip().split(".")):
+            raise ConfigError(f"--set got {shown(text)}, expected KEY=VALUE with a dotted key such as train.rounds=5")
+        put(values, key.strip(), _value(text, value))
     return values
+
+
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested values. Raises ConfigError if it leads through something that is no section."""
+    *sections, last = key.split(".")
+    into = values
+    for part in sections:
+        into = into.setdefault(part, {})
+        if not isinstance(into, dict):
+            raise ConfigError(f"{shown(key)} cannot be set: {shown(part)} is {shown(into)} there, expected a section")
+    if last == "name" and sections[:1] == ["method"] and into.get("name") != value:
+        into.clear()  # another method's fields do not carry over, nor the method under it
+    into[last] = value
+
+
+def _value(text: str, value: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"x = {value}")
+    except tomllib.TOMLDecodeError:
+        return value
+    except (ValueError, RecursionError):
+        raise ConfigError(f"--set {shown(text)}: the value has thousands of digits or of brackets") from None
+    return parsed["x"] if len(parsed) == 1 else value  # a line break would begin another key

@@ -12,9 +12,6 @@ from fedloom.data import metrics
 from fedloom.data.tokenize import Encoded
 from fedloom.runs.experiment import Experiment
 
-NEEDS_TEXT = frozenset({"exact_match", "rouge_l"})
-"""Metrics of a causal LM that compare the answer it writes."""
-
 
 def score(e: Experiment, work: Work, rows: Encoded | None = None) -> dict[str, float]:
     """Metric name -> value of the model that `work` describes, on the held-out rows by default; `loss` always among them."""
@@ -24,10 +21,10 @@ def score(e: Experiment, work: Work, rows: Encoded | None = None) -> dict[str, f
     names = [name for name in e.tables.metrics if name not in ("loss", "perplexity")]
     if "perplexity" in e.tables.metrics:
         values["perplexity"] = math.exp(min(result.loss, 700.0))
-    texts = [name for name in names if name in NEEDS_TEXT]
+    texts = [name for name in names if name in metrics.NEEDS_TEXT]
     if texts:
         values |= metrics.compute(texts, *_answers(e, work, rows))
-    rest = [name for name in names if name not in NEEDS_TEXT]
+    rest = [name for name in names if name not in metrics.NEEDS_TEXT]
     if rest and result.predictions is not None and rows.targets is not None:
         values |= metrics.compute(rest, result.predictions.numpy(), rows.targets)
     return values

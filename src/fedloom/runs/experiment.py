@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fedloom.client import Client
 from fedloom.core import Method, Visit, Work
@@ -61,6 +62,10 @@ class Rows:
     def proxy(self) -> Encoded | None:
         return None if self.tables.proxy is None else self._encode(self.tables.proxy)
 
+    def encode(self) -> None:
+        """Make all of them now. Raises DataError for a row that cannot be tokenised, or whose label is unknown."""
+        _ = self.train, self.eval, self.proxy
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -99,8 +104,15 @@ class Experiment:
         return None if rows is None else Client("server", len(rows), self.method.rank)
 
     def initial_state(self) -> State:
-        """The server's first state, head included: a function of the seed alone."""
-        return self.method.init(self.sites, generator(self.config.seed, "init")) | self.head
+        """The server's first state, head included: a function of the seed and the frozen weights."""
+
+        def weight(site: str) -> Tensor:
+            found = self.base.model.get_submodule(site).weight
+            assert isinstance(found, Tensor)
+            found = found.detach().to("cpu", torch.float32)
+            return found.T if self.transposed else found
+
+        return self.method.init_from(self.sites, generator(self.config.seed, "init"), weight) | self.head
 
     def global_model(self, state: State) -> Work:
         """The server's model, as work that trains nothing: what a client that keeps nothing uses."""
@@ -218,7 +230,7 @@ def _partition(config: RunConfig, table: Tables) -> dict[str, list[int]]:
         table.train,
         c.count,
         c.partition,
-        seed=config.seed,
+        seed=config.split_seed,
         alpha=c.alpha,
         field=c.field or (table.text[0] if c.partition == "by-length" else None),
         label=task.label if task.kind == "classification" else None,

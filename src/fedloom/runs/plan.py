@@ -11,6 +11,7 @@ from typing import Any
 from fedloom import methods
 from fedloom.client import BUDGETS, Client
 from fedloom.core import Method
+from fedloom.data import metrics
 from fedloom.disk import disk_errors
 from fedloom.errors import ConfigError
 from fedloom.runs.config import RunConfig
@@ -39,6 +40,7 @@ def plan(config: RunConfig) -> Plan:
     method = methods.build(config.method.model_dump(), lora)
     budgets = {name: _budget(config, name, method.rank) for name in BUDGETS}
     made = Plan(config, method, budgets)
+    metrics.check(config.task.metrics or [], config.task.kind)
     for i in range(max(map(len, budgets.values()))):
         method.check(made._client("any", 1, i))
     if method.needs_proxy_data and config.task.proxy_data is None:

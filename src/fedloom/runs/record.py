@@ -44,6 +44,7 @@ def line(
         "dropped": record.dropped,
         "suspicious": record.suspicious,
         "train_loss": record.train_loss,
+        "samples": int(sum(m.get("samples", 0) for m in record.metrics.values())),
     }
     if scores is not None:
         made |= {"eval": scores.values, "eval_of": scores.of}

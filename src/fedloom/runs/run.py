@@ -22,8 +22,9 @@ from fedloom.flower.transport import Transport
 from fedloom.loop import Limits, Record, federate, in_order
 from fedloom.runs import evaluate, export, flower_server, radio_cost
 from fedloom.runs.config import RunConfig
+from fedloom.runs.contradictions import refuse_contradictions, refuse_too_many
 from fedloom.runs.experiment import Experiment, experiment
-from fedloom.runs.plan import absolute
+from fedloom.runs.plan import absolute, plan
 from fedloom.runs.record import Scores, line
 from fedloom.runs.run_directory import RunDirectory, digest_file, digest_files
 from fedloom.simulation import Simulation
@@ -74,10 +75,22 @@ def start(
     path = out if out is not None else free_name(config)
     RunDirectory.require_free(path)
     # Whatever is wrong with method, data or model is told before anything is written.
-    e = experiment(config, observer.doing)
+    e = _prepared(config, observer, transport)
     run = RunDirectory.create(path, config)
     with run.held():
         return _go(run, e, observer, transport, [])
+
+
+def _prepared(config: RunConfig, observer: Observer, transport: Transport | None) -> Experiment:
+    """The experiment, with all checked that can be before the first round."""
+    planned = plan(config)
+    refuse_contradictions(planned, here=transport is None and config.engine.name == "inprocess")
+    e = experiment(planned, observer.doing)
+    refuse_too_many(config, len(e.clients))
+    e.rows.encode()
+    if config.network is not None and transport is None and config.engine.superlink is None:
+        radio_cost.plan(config, [client.id for client in e.clients])
+    return e
 
 
 def resume(
@@ -291,7 +304,7 @@ class _Run:
         """Of the server's model, or the mean over the clients' own models where there is no common one."""
         self.observer.doing("evaluating")
         if self.e.method.personal_models:
-            return self._client_scores(state, t)
+            return self._client_scores(state, t, one_by_one=t == self.rounds)
         start = time.perf_counter()
         values = evaluate.score(self.e, self.e.global_model(state))
         return Scores(values, "server", seconds=time.perf_counter() - start)
@@ -333,6 +346,7 @@ class _Run:
                 "labels": e.tables.labels,
                 "targets": e.targets,
                 "clients": {client.id: _without_id(client.to_dict()) for client in e.clients},
+                "rows": {"train": len(e.tables.train), "eval": len(e.tables.eval)},
                 "cohort": e.cohort,
                 "environment": {
                     "device": str(e.device),

@@ -53,16 +53,17 @@ def tables(config: RunConfig) -> Tables:
     labels = labels_of(train, task.label) if task.kind == "classification" else []
     if held_out is None:
         stratify = task.label if task.kind == "classification" else None
-        train, held_out = load.split(train, task.holdout, config.seed, stratify)
+        train, held_out = load.split(train, task.holdout, config.split_seed, stratify)
     else:
         load.require(held_out, columns)
-    train = _first(train, task.limit, config.seed, "train")
-    held_out = _first(held_out, task.eval_limit, config.seed, "eval")
+    train = _first(train, task.limit, config.split_seed, "train")
+    held_out = _first(held_out, task.eval_limit, config.split_seed, "eval")
     proxy = None
     if task.proxy_data is not None:
         proxy = read(task.proxy_data)
         load.require(proxy, columns)
     names = task.metrics or metrics.default_metrics(task.kind, task.data)
+    metrics.check(names, task.kind, len(labels) if labels else None)
     return Tables(train, held_out, proxy, text, labels, names)
 
 

@@ -1,0 +1,94 @@
+"""The commands of comparison: compare and report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from fedloom.cli.show import err, out, say
+from fedloom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedloom.studies.summary import Summary
+
+
+def compare(
+    file: Annotated[Path, typer.Argument(metavar="STUDY.toml", help="A study file: methods, draws, a budget.")],
+    out_: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The study's directory (default: below runs/).")
+    ] = None,
+    draws: Annotated[int | None, typer.Option(min=1, help="In place of the file's.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Runs at once, each with its share of the cores.")] = 1,
+) -> None:
+    """Compare methods on the same draws, at equal budgets. Given again, it runs what is missing: after Ctrl-C, or a new method.
+
+    Example: fedloom compare study.toml --jobs 2
+    """
+    from fedloom.data import hub
+
+    hub.quiet()
+    from fedloom.cli.progress import Cells
+    from fedloom.studies import cells, runner, summary, web
+    from fedloom.studies import study as studies
+
+    study = studies.load(file, {} if draws is None else {"draws": draws})
+    cells.check(study, str(file))
+    path = out_ if out_ is not None else Path("runs") / study.name
+    try:
+        failed = runner.compare(study, path, jobs, Cells(out))
+    except KeyboardInterrupt:
+        again = f"fedloom compare {file}" + ("" if out_ is None else f" --out {out_}")
+        err.print(f"interrupted; go on with: {again}", soft_wrap=True, markup=False)
+        raise
+    found = summary.read([path])
+    _print(found)
+    say(f"report:  {web.write(found, path / 'report.html')}")
+    for key, why in failed.items():
+        err.print(f"failed: {path / key}: {why}", soft_wrap=True, markup=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+def report(
+    paths: Annotated[list[Path], typer.Argument(metavar="RUN...|STUDY", help="Run directories, or a study's.")],
+    out_: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="One file that needs nothing else.")] = Path(
+        "report.html"
+    ),
+    figures: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="The charts as files too, beside the report: pdf, svg or png.")
+    ] = None,
+) -> None:
+    """One HTML file of what runs did: no network and no script is needed to read it.
+
+    Example: fedloom report runs/fedit-trec runs/fslora-trec --out report.html
+    """
+    from fedloom.studies import summary, web
+
+    found = summary.read(paths)
+    say(f"report:  {web.write(found, out_)}")
+    if figures is not None:
+        if figures not in ("pdf", "svg", "png"):
+            raise ConfigError(f"--figures is {figures!r}, expected pdf, svg or png")
+        from fedloom.studies import figures as drawn
+
+        for path in drawn.draw(found, out_.with_suffix(""), figures):
+            say(f"figure:  {path}")
+
+
+def _print(found: Summary) -> None:
+    from fedloom.studies.tables import COLUMNS, cells_of
+    from fedloom.studies.verdict import verdict
+
+    table = Table(box=None, pad_edge=False)
+    for i, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for line in found.lines:
+        table.add_row(*cells_of(found, line))
+    out.print()
+    out.print(table, markup=False, soft_wrap=True)
+    out.print()
+    for sentence in verdict(found):
+        say(sentence)

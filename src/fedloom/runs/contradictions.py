@@ -1,0 +1,104 @@
+"""Options of a run file that would be ignored or could never be met: a run that is not the one asked for is not begun.
+
+Only values that differ from their defaults count: the run.toml of a run directory names every default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import BaseModel
+
+from fedloom.data.metrics import NEEDS_TEXT
+from fedloom.errors import ConfigError
+from fedloom.runs.config import RunConfig
+from fedloom.runs.plan import Plan
+from fedloom.text import shown
+from fedloom.toml import itemised
+
+
+def refuse_contradictions(planned: Plan, here: bool) -> None:
+    """Raise one ConfigError that names every option that this run could not follow. `here`: clients are in this process."""
+    c = planned.config
+    found = [*_task(c), *_clients(c), *_train(c), *_engine(c, here)]
+    if c.task.proxy_data is not None and not planned.method.needs_proxy_data:
+        found.append(f"task.proxy_data is set, but {planned.method.name} never trains on the server: remove it")
+    if c.clients.count is not None:
+        found += _too_many(c, c.clients.count)
+    if found:
+        raise ConfigError(f"options that this run cannot follow: {itemised(found)}")
+
+
+def refuse_too_many(config: RunConfig, clients: int) -> None:
+    """Raise one ConfigError for a quorum that no round can have, and for budgets of more clients than there are."""
+    if found := list(_too_many(config, clients)):
+        raise ConfigError(itemised(found))
+
+
+def _too_many(config: RunConfig, clients: int) -> Iterator[str]:
+    asked = max(1, round(config.clients.fraction * clients))
+    if config.engine.quorum > asked:
+        yield f"engine.quorum is {config.engine.quorum}, but a round asks {asked} of {clients} clients: lower it"
+    for key in ("ranks", "keep"):
+        values = getattr(config.clients, key)
+        if isinstance(values, list) and len(values) > clients:
+            yield f"clients.{key} has {len(values)} values, expected at most one for each of {clients} clients"
+
+
+def _set(section: BaseModel, *keys: str) -> Iterator[tuple[str, str]]:
+    """(key, value in words) of the options that differ from their defaults."""
+    for key in keys:
+        value = getattr(section, key)
+        if value != type(section).model_fields[key].default:
+            yield key, shown(value)
+
+
+def _unused(name: str, section: BaseModel, why: str, *keys: str, instead: str = "remove it") -> Iterator[str]:
+    for key, value in _set(section, *keys):
+        yield f"{name}.{key} is {value}, but {why}: {instead}"
+
+
+def _task(c: RunConfig) -> Iterator[str]:
+    task = c.task
+    if task.kind == "causal-lm":
+        yield from _unused("task", task, "a causal LM has task.prompt and task.response", "text", "label")
+        if not NEEDS_TEXT & {*(task.metrics or [])}:
+            why = f"none of task.metrics needs a written answer ({', '.join(sorted(NEEDS_TEXT))})"
+            yield from _unused("task", task, why, "max_new_tokens")
+    else:
+        why = f"a {task.kind} has task.text and task.label"
+        yield from _unused("task", task, why, "prompt", "response", "template", "max_new_tokens")
+
+
+def _clients(c: RunConfig) -> Iterator[str]:
+    clients = c.clients
+    readers = {
+        "alpha": ["dirichlet"],
+        "field": ["by-field", "by-length"],
+        "classes_per_client": ["pathological"],
+    }
+    for key, partitions in readers.items():
+        if clients.partition not in partitions:
+            why = f"clients.partition is {clients.partition!r}, not {' or '.join(map(repr, partitions))}"
+            yield from _unused("clients", clients, why, key)
+
+
+def _train(c: RunConfig) -> Iterator[str]:
+    if c.train.optimizer == "adamw":
+        yield from _unused("train", c.train, "train.optimizer is 'adamw', not 'sgd'", "momentum")
+
+
+def _engine(c: RunConfig, here: bool) -> Iterator[str]:
+    engine = c.engine
+    remote = ("superlink", "root_certificates", "nodes", "wire", "deadline_s", "oversample", "patience_s")
+    if here:
+        instead = "remove it, or set engine.name = 'flower'"
+        yield from _unused("engine", engine, "clients are trained in this process", *remote, instead=instead)
+        return
+    if engine.cohort not in ("auto", 1):
+        yield f"engine.cohort is {engine.cohort}, but a node trains one client at a time: remove it"
+    if engine.superlink is not None:
+        yield from _unused("engine", engine, "the nodes of engine.superlink are there already", "nodes")
+    else:
+        why = "without engine.superlink a deployment is started on this machine"
+        yield from _unused("engine", engine, why, "root_certificates")
