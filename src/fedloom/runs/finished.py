@@ -21,7 +21,9 @@ def adapter_of(run: RunDirectory, client: str | None) -> Path:
     known = sorted(p.name for p in (run.path / "clients").glob("*"))
     # A client is one of those names, never a path that leads out of the run.
     path = run.adapter if client is None else run.path / "clients" / client / "adapter"
-    if (client is None or client in known) and (path / "adapter_config.json").is_file():
+    if (client is None or client in known) and any(
+        (path / name).is_file() for name in ("adapter_config.json", export.GATED)
+    ):
         return path
     if client is None:
         raise RunError(f"{run.path} has no adapter yet: finish it with `fedloom resume {run.path}`")
@@ -71,9 +73,13 @@ def export_saved(path: Path, dest: Path, client: str | None = None, merge: bool 
 
 
 def _write_merged(run: RunDirectory, adapter: Path, dest: Path) -> None:
+    work = export.read(adapter)
+    if "gate" in work.train:
+        raise RunError(
+            f"{adapter} weighs its ranks by the input, and cannot be merged into weights: export it without --merge"
+        )
     e = experiment(run.config())
     e.trainer.close()  # the model's own layers are merged into
-    work = export.read(adapter)
     peft.merge(
         e.base.model,
         work.train["A"],
