@@ -1,6 +1,6 @@
 """Methods end with the same bytes in this process and through a real SuperLink with two SuperNodes.
 
-One method for each way of talking: `test_visits.py` has every case of every method through the same messages, without a SuperLink.
+One method for each way of talking: `test_visits.py` has every case through the same messages, without a SuperLink.
 """
 
 from __future__ import annotations
