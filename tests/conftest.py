@@ -37,6 +37,11 @@ WORDS = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="the one seed of a simulated federation to repeat")
+    parser.addoption("--seeds", type=int, default=200, help="how many simulated federations to play")
+
+
 @pytest.fixture
 def need() -> Callable[[str], None]:
     """Skip where a packaged model or data set is not installed; in CI, fail."""
