@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from fedloom.data import partition
-from fedloom.disk import disk_errors
+from fedloom.disk import write_new_folder
 from fedloom.errors import RunError
 from fedloom.models import peft
 from fedloom.runs import evaluate, export
@@ -41,24 +40,22 @@ def export_saved(path: Path, dest: Path, client: str | None = None, merge: bool 
     adapter = adapter_of(run, client)
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise RunError(f"{dest} exists and is not empty, expected a new or empty directory: choose another name")
-    with disk_errors(dest):
-        if not merge:
-            shutil.copytree(adapter, dest, dirs_exist_ok=True)
-            return
-        e = experiment(run.config())
-        e.trainer.close()  # the model's own layers are merged into
-        work = export.read(adapter)
-        peft.merge(
-            e.base.model,
-            work.train["A"],
-            work.train["B"],
-            work.scale,
-            {},
-            work.train.get("head"),
-            dest,
-            e.base.tokenizer,
-            e.tables.labels or None,
-        )
+    if not merge:
+        write_new_folder(dest, lambda folder: _copy(adapter, folder))
+        return
+    e = experiment(run.config())
+    e.trainer.close()  # the model's own layers are merged into
+    work = export.read(adapter)
+    A, B, head = work.train["A"], work.train["B"], work.train.get("head")
+    tokenizer, labels = e.base.tokenizer, e.tables.labels or None
+    write_new_folder(
+        dest, lambda folder: peft.merge(e.base.model, A, B, work.scale, {}, head, folder, tokenizer, labels)
+    )
+
+
+def _copy(adapter: Path, folder: Path) -> None:
+    for file in adapter.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
 
 
 def verify(path: Path) -> list[tuple[str, str | None, str | None]]:
