@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from fedloom.data import partition
-from fedloom.errors import FedloomError, RunError
+from fedloom.disk import write_new_folder
+from fedloom.errors import RunError
 from fedloom.models import peft
 from fedloom.runs import evaluate, export
 from fedloom.runs.experiment import experiment
@@ -49,30 +47,9 @@ def export_saved(path: Path, dest: Path, client: str | None = None, merge: bool 
     adapter = adapter_of(run, client)
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise RunError(f"{dest} exists and is not empty, expected a new or empty directory: choose another name")
-    beside = dest.resolve().with_name(f".{dest.resolve().name}.new")
-    try:
-        shutil.rmtree(beside, ignore_errors=True)  # of an export that was killed
-        if merge:
-            _write_merged(run, adapter, beside)
-        else:
-            shutil.copytree(adapter, beside)
-        if dest.exists():  # and is empty; it may be where the command is run
-            for file in beside.iterdir():
-                file.rename(dest / file.name)
-        else:
-            beside.rename(dest)
-    except FedloomError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"cannot write {dest}: {getattr(error, 'strerror', None) or error}. The run is as it was: free space or fix "
-            "the permissions, and export again"
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _write_merged(run: RunDirectory, adapter: Path, dest: Path) -> None:
+    if not merge:
+        write_new_folder(dest, lambda folder: _copy(adapter, folder))
+        return
     work = export.read(adapter)
     if "gate" in work.train:
         raise RunError(
@@ -80,17 +57,16 @@ def _write_merged(run: RunDirectory, adapter: Path, dest: Path) -> None:
         )
     e = experiment(run.config())
     e.trainer.close()  # the model's own layers are merged into
-    peft.merge(
-        e.base.model,
-        work.train["A"],
-        work.train["B"],
-        work.scale,
-        {},
-        work.train.get("head"),
-        dest,
-        e.base.tokenizer,
-        e.tables.labels or None,
+    A, B, head = work.train["A"], work.train["B"], work.train.get("head")
+    tokenizer, labels = e.base.tokenizer, e.tables.labels or None
+    write_new_folder(
+        dest, lambda folder: peft.merge(e.base.model, A, B, work.scale, {}, head, folder, tokenizer, labels)
     )
+
+
+def _copy(adapter: Path, folder: Path) -> None:
+    for file in adapter.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
 
 
 def verify(path: Path) -> list[tuple[str, str | None, str | None]]:
