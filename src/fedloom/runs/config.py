@@ -69,7 +69,8 @@ class LoraSection(_Section):
 
     rank: int = Field(8, ge=1)
     alpha: float = Field(16.0, gt=0, le=1e6)
-    targets: Literal["auto"] | list[str] = "auto"
+    targets: Literal["auto", "all-linear"] | list[str] = "auto"
+    """Endings of layers' names; `auto`: those of the architecture's papers or of PEFT, else every linear layer."""
     rslora: bool = False
     dropout: float = Field(0.0, ge=0, lt=1)
     """On the adapters' inputs."""

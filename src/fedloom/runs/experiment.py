@@ -79,6 +79,8 @@ class Experiment:
     base: huggingface.Base
     targets: list[str]
     sites: Sites
+    together: bool
+    """Whether clients can train in one pass: not where an adapted layer reads what all rows share, as in DeBERTa-v3."""
     head: State
     """The task head as the model has it, under role `head` (empty for a causal LM)."""
     transposed: bool
@@ -141,6 +143,8 @@ class Experiment:
     @property
     def cohort(self) -> int:
         """How many clients train in one pass."""
+        if not self.together:
+            return 1
         asked = self.config.engine.cohort
         if asked != "auto":
             return asked
@@ -184,8 +188,9 @@ def experiment(
     base = base or huggingface.load_base(
         c.model.name, kind=c.task.kind, num_labels=max(1, len(table.labels)), seed=c.seed
     )
-    targets = huggingface.default_targets(base.model) if c.lora.targets == "auto" else list(c.lora.targets)
+    targets = _targets(c, base)
     sites = huggingface.find_sites(base.model, targets)
+    together = huggingface.check_sites(base.model, sites)
     huggingface.check_rank(sites, planned.method.rank)
     head: Group | None = peft.head_group(base.model)
     transposed = any(huggingface.is_conv1d(base.model.get_submodule(site)) for site in sites)
@@ -198,6 +203,7 @@ def experiment(
         base=base,
         targets=targets,
         sites=sites,
+        together=together,
         head={"head": head} if head else {},
         transposed=transposed,
         device=device,
@@ -222,6 +228,13 @@ def device_of(config: RunConfig) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("model.device is 'cuda', but torch sees no GPU: set it to 'auto' or 'cpu'")
     return torch.device(name)
+
+
+def _targets(config: RunConfig, base: huggingface.Base) -> list[str]:
+    asked = config.lora.targets
+    if asked == "auto":
+        return huggingface.default_targets(base.model)
+    return huggingface.all_linear(base.model) if asked == "all-linear" else list(asked)
 
 
 def _partition(config: RunConfig, table: Tables) -> dict[str, list[int]]:
