@@ -370,5 +370,5 @@ def versions() -> dict[str, str]:
     """Of Python and the libraries that a result depends on."""
     from importlib.metadata import version
 
-    packages = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "flwr-datasets")
+    packages = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
