@@ -182,7 +182,7 @@ def _pathological(ds: Dataset, count: int, label: str, seed: int, wanted: int) -
         return owner
 
     what = f"{wanted} classes each for {count} clients of {len(ds)} rows"
-    advice = "(a class went to nobody, or to more clients than it has rows): change classes_per_client, or the number of clients"
+    advice = "(a class went to nobody, or to more clients than it has rows): change classes_per_client or count"
     return _drawn(draw, count, (seed, "pathological"), what, advice)
 
 

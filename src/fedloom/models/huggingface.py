@@ -83,13 +83,44 @@ def load_base(
     head = tuple(head_modules(model))
     fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     _draw(model, fresh, head, seed, name, kind)
+    return _frozen(model, tokenizer, source, digest)
+
+
+def adopt(model: nn.Module, tokenizer: Any, *, kind: Kind, num_labels: int = 1) -> Base:
+    """A model of transformers that the caller has made, as a base: taken over, frozen and in eval mode.
+
+    Raises ModelError if it is of another kind, or has another number of labels.
+    """
+    config: Any = getattr(model, "config", None)
+    wanted = "ForCausalLM" if kind == "causal-lm" else "ForSequenceClassification"
+    written = callable(getattr(model, "generate", None)) and not head_modules(model)
+    if config is None or not (written if kind == "causal-lm" else type(model).__name__.endswith(wanted)):
+        raise ModelError(
+            f"got a {type(model).__name__} for task.kind = {kind!r}, expected one of AutoModel{wanted}: token classification "
+            "and models that write one sequence from another are left aside"
+        )
+    if tokenizer is None:
+        raise ModelError("got a model without its tokenizer, expected both: fedloom.run(..., model=..., tokenizer=...)")
+    if kind != "causal-lm" and config.num_labels != num_labels:
+        raise ModelError(
+            f"the model has num_labels = {config.num_labels}, and the data {num_labels}: load it with num_labels={num_labels}"
+        )
+    _check_architecture(config, type(model).__name__, kind)
+    digest = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return _frozen(model, tokenizer, str(config.name_or_path or type(model).__name__), digest.hexdigest())
+
+
+def _frozen(model: Any, tokenizer: Any, source: str, digest: str) -> Base:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.requires_grad_(False).eval()
-    return Base(model, tokenizer, source, head, str(model.config.model_type), digest)
+    return Base(model, tokenizer, source, tuple(head_modules(model)), str(model.config.model_type), digest)
 
 
 def resolve(name: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from fedloom import toml
 from fedloom.errors import ConfigError
@@ -50,6 +50,8 @@ class TaskSection(_Section):
     label: str = "label"
     prompt: str = "prompt"
     response: str = "response"
+    messages: str | None = None
+    """Instead of prompt and response, for a causal LM: a column of conversations, lists of {"role", "content"}."""
     template: str = "plain"
     """Around the prompt: "plain", "question", "alpaca", "chat", or a text with {prompt} in it."""
     max_length: int = Field(128, ge=2, le=1_000_000)
@@ -62,6 +64,13 @@ class TaskSection(_Section):
     metrics: list[str] | None = None
     max_new_tokens: int = Field(32, ge=1, le=100_000)
     """For metrics of a causal LM that need an answer (exact_match, rouge_l)."""
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _left_aside(cls, kind: Any) -> Any:
+        if kind in ("token-classification", "seq2seq", "seq2seq-lm", "question-answering", "masked-lm"):
+            raise ValueError(f"{kind} is left aside: expected classification or regression of whole rows, or causal-lm")
+        return kind
 
 
 class LoraSection(_Section):

@@ -6,7 +6,7 @@ RunConfig ──plan──► Plan ──tables, partition──► clients ─�
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,14 @@ from torch import Tensor
 from fedloom.client import Client
 from fedloom.core import Method, Visit, Work
 from fedloom.data import load, partition
+from fedloom.data.chat import encode_chats
 from fedloom.data.tokenize import Encoded, encode_causal, encode_labelled
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, ModelError
 from fedloom.flows import rehearse
 from fedloom.models import huggingface, peft
 from fedloom.rng import generator
 from fedloom.runs.config import RunConfig
+from fedloom.runs.given import GIVEN, Given
 from fedloom.runs.plan import Plan, plan
 from fedloom.runs.tables import Tables, tables
 from fedloom.state import Group, Sites, State
@@ -45,6 +47,8 @@ class Rows:
 
     def _encode(self, rows: Dataset) -> Encoded:
         task = self.config.task
+        if self.tables.chats:
+            return encode_chats(rows, self.tokenizer, self.tables.text[0], task.max_length)
         if task.kind == "causal-lm":
             return encode_causal(rows, self.tokenizer, task.prompt, task.response, task.template, task.max_length)
         labels = self.tables.labels or None
@@ -90,6 +94,8 @@ class Experiment:
     """Of the frozen base."""
     trainer: Trainer
     rows: Rows
+    given: Given = field(default_factory=Given)
+    """What the caller handed over in Python."""
 
     @property
     def config(self) -> RunConfig:
@@ -172,22 +178,30 @@ def experiment(
     table: Tables | None = None,
     base: huggingface.Base | None = None,
     only_client: str | None = None,
+    given: Given | None = None,
 ) -> Experiment:
     """Make an experiment: read the data, load the model, put its adapters in place.
 
-    `table` and `base` are used instead of being read and loaded; `only_client` gives all rows to one client of that id.
+    `table` and `base` are used instead of being read and loaded, as is what is `given`; `only_client` gives all rows to one
+    client of that id.
     Raises ConfigError, DataError, ModelError or HubError for what is wrong, and writes nothing.
     """
     planned = plan(config) if isinstance(config, RunConfig) else config
     c = planned.config
     device = device_of(c)
     on_status("reading the data")
-    table = table or tables(c)
+    given = given or Given()
+    table = table or tables(c, given)
     parts = _partition(c, table) if only_client is None else {only_client: list(range(len(table.train)))}
     on_status("loading the model")
-    base = base or huggingface.load_base(
-        c.model.name, kind=c.task.kind, num_labels=max(1, len(table.labels)), seed=c.seed
-    )
+    labels = max(1, len(table.labels))
+    if base is None and given.model is None and c.model.name == GIVEN:
+        raise ModelError(
+            "the model of this run was given in Python: give it to fedloom.resume, too (model=..., tokenizer=...)"
+        )
+    if base is None and given.model is not None:
+        base = huggingface.adopt(given.model, given.tokenizer, kind=c.task.kind, num_labels=labels)
+    base = base or huggingface.load_base(c.model.name, kind=c.task.kind, num_labels=labels, seed=c.seed)
     targets = _targets(c, base)
     sites = huggingface.find_sites(base.model, targets)
     together = huggingface.check_sites(base.model, sites)
@@ -210,6 +224,7 @@ def experiment(
         dtype=dtype,
         trainer=_trainer(c, base, sites, device, dtype),
         rows=Rows(c, table, base.tokenizer),
+        given=given,
     )
 
 
