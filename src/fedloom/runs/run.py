@@ -24,6 +24,7 @@ from fedloom.runs import evaluate, export, flower_server, private, radio_cost, t
 from fedloom.runs.config import RunConfig
 from fedloom.runs.contradictions import refuse_contradictions, refuse_too_many
 from fedloom.runs.experiment import Experiment, experiment
+from fedloom.runs.given import Given
 from fedloom.runs.plan import absolute, plan
 from fedloom.runs.record import Scores, line
 from fedloom.runs.run_directory import RunDirectory, digest_file, digest_files
@@ -63,7 +64,11 @@ class Observer:
 
 
 def start(
-    config: RunConfig, out: Path | None = None, observer: Observer | None = None, transport: Transport | None = None
+    config: RunConfig,
+    out: Path | None = None,
+    observer: Observer | None = None,
+    transport: Transport | None = None,
+    given: Given | None = None,
 ) -> Result:
     """Run a configuration in a new directory (by default the next free one below `runs/`).
 
@@ -75,20 +80,20 @@ def start(
     RunDirectory.require_free(path)
     track.check(config.track)
     # Whatever is wrong with method, data or model is told before anything is written.
-    e = _prepared(config, observer, transport)
+    e = _prepared(config, observer, transport, given)
     run = RunDirectory.create(path, config)
     with run.held():
         return _go(run, e, observer, transport, [])
 
 
-def _prepared(config: RunConfig, observer: Observer, transport: Transport | None) -> Experiment:
+def _prepared(config: RunConfig, observer: Observer, transport: Transport | None, given: Given | None) -> Experiment:
     """The experiment, with all checked that can be before the first round."""
     planned = plan(config)
     here = transport is None and config.engine.name == "inprocess"
     refuse_contradictions(planned, here=here)
     if not here and transport is None:
         flower_server.check_startable(config)
-    e = experiment(planned, observer.doing)
+    e = experiment(planned, observer.doing, given=given)
     refuse_too_many(config, len(e.clients))
     e.rows.encode()
     if config.network is not None and transport is None and config.engine.superlink is None:
@@ -103,6 +108,7 @@ def resume(
     *,
     accept_changes: bool = False,
     back_to: int | None = None,
+    given: Given | None = None,
 ) -> Result:
     """Go on with a run from its newest checkpoint: it ends with the same adapter bytes as if it had never stopped.
 
@@ -120,7 +126,7 @@ def resume(
             for record in records:
                 observer.round(record)
             return Result(run.path, records)
-        e = experiment(run.config(), observer.doing)
+        e = experiment(run.config(), observer.doing, given=given)
         accepted = list(started.get("accepted_changes", []))
         if changed := _changes(run, started, e):
             if not accept_changes:
@@ -255,7 +261,7 @@ class _Run:
             e.clients,
             self.rounds,
             start=t + 1,
-            sample=flower_server.sampler(e),
+            sample=e.given.sampler or flower_server.sampler(e),
             limits=Limits(c.clients.max_norm, c.clients.max_ratio, c.engine.quorum),
             recent_steps=[r["report"]["step_norm"] for r in records if "step_norm" in r.get("report", {})],
             on_round=self._after,
@@ -379,5 +385,5 @@ def versions() -> dict[str, str]:
     """Of Python and the libraries that a result depends on."""
     from importlib.metadata import version
 
-    packages = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "flwr-datasets")
+    packages = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
