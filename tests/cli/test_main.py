@@ -121,7 +121,8 @@ def test_a_hub_that_is_not_reached_is_one_error(file: Path, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "resume", "evaluate", "export", "methods", "sensitivity", "verify", "compare", "report"]
+    "command",
+    ["run", "resume", "evaluate", "export", "methods", "sensitivity", "verify", "compare", "report", "recipes"],
 )
 def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call([command, "--help"]) == 0
