@@ -256,3 +256,11 @@ def test_a_browser_shows_it_without_network(width: int, dark: bool, tmp_path: Pa
     for colour in ((0x6D, 0xB3, 0xFF), (0xFF, 0x9A, 0x5C)) if dark else ((0x0B, 0x6B, 0xCB), (0xD1, 0x54, 0x0A)):
         assert int((np.abs(pixels - colour).max(axis=2) < 12).sum()) > 200
     assert np.abs(pixels[:, -3:] - background).max() < 8
+
+
+def test_rounds_are_whole_numbers_and_few_curves_are_marked_one_by_one() -> None:
+    page = web.render(compared({"a": [0.8, 0.82, 0.81], "b": [0.7, 0.73, 0.71]}))
+    rounds = page.split("<figure>")[1]
+    ticks = re.findall(r'text-anchor="middle">([\d.]+)</text>', rounds)
+    assert ticks == ["0", "1", "2"]
+    assert rounds.count("<circle") == 6 and "a: 0.81 at 2 rounds" in rounds
