@@ -264,3 +264,20 @@ def test_rounds_are_whole_numbers_and_few_curves_are_marked_one_by_one() -> None
     ticks = re.findall(r'text-anchor="middle">([\d.]+)</text>', rounds)
     assert ticks == ["0", "1", "2"]
     assert rounds.count("<circle") == 6 and "a: 0.81 at 2 rounds" in rounds
+
+
+def test_seeds_are_averaged_within_a_draw_and_the_spread_is_split() -> None:
+    # As in the statistics' own case by hand: partition 0, interaction 1.75, seed 0.5 (here in hundredths).
+    table = {"a": [[0.5, 1.5], [1.5, 2.5], [2.5, 3.5]], "b": [[2.5, 3.5], [5.5, 6.5], [2.5, 3.5]]}
+    traces = {
+        label: [
+            trace(label, draw, [0.0, x / 10], seed=seed) for draw, row in enumerate(rows) for seed, x in enumerate(row)
+        ]
+        for label, rows in table.items()
+    }
+    found = summarise("made", "accuracy", traces, dict.fromkeys(traces, "method"))
+    assert found.lines[0].by_draw == pytest.approx({0: 0.1, 1: 0.2, 2: 0.3})
+    assert found.pairs[0].gain.n == 3 and found.pairs[0].gain.mean == pytest.approx(-0.2)
+    assert found.split is not None and found.split.seed is not None
+    assert (found.split.partition, found.split.interaction, found.split.seed) == pytest.approx((0, 0.0175, 0.005))
+    assert "partition 0 %, method x partition 78 %, training seed 22 %" in web.render(found)

@@ -120,7 +120,7 @@ def test_controls_train_as_much_as_the_clients_together(write: Write) -> None:
     pooled, alone = (
         next(c for c in cells.cells(made, chosen(made)) if c.label == x).config() for x in ("pooled", "alone")
     )
-    assert (pooled.clients.count, pooled.clients.keep, pooled.train.local_steps) == (1, 1.0, 15)
+    assert (pooled.clients.count, pooled.clients.keep, pooled.train.local_steps) == (1, 1.0, 10)
     assert (alone.clients.count, alone.clients.fraction, alone.train.local_steps) == (3, 1.0, 5)
 
 
