@@ -281,3 +281,8 @@ def test_seeds_are_averaged_within_a_draw_and_the_spread_is_split() -> None:
     assert found.split is not None and found.split.seed is not None
     assert (found.split.partition, found.split.interaction, found.split.seed) == pytest.approx((0, 0.0175, 0.005))
     assert "partition 0 %, method x partition 78 %, training seed 22 %" in web.render(found)
+
+
+def test_megabytes_are_counted_as_on_the_leaderboard() -> None:
+    run = [trace("a", 0, [0.1, 0.2, 0.3], up=1024**2, down=3 * 1024**2 // 2)]
+    assert "leaderboard counts: a 5.00." in web.render(summarise("made", "accuracy", {"a": run}, {"a": "method"}))
