@@ -38,7 +38,7 @@ class Plan:
 def plan(config: RunConfig) -> Plan:
     """The plan of a configuration. Raises ConfigError for a method, field or budget that is wrong."""
     lora = {"rank": config.lora.rank, "alpha": config.lora.alpha, "rslora": config.lora.rslora}
-    method = methods.build(config.method.model_dump(), lora)
+    method = private.around(config, methods.build(config.method.model_dump(), lora))
     budgets = {name: _budget(config, name, method.rank) for name in BUDGETS}
     made = Plan(config, method, budgets)
     metrics.check(config.task.metrics or [], config.task.kind)
