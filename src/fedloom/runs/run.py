@@ -19,8 +19,8 @@ from fedloom.data import partition
 from fedloom.engine import Engine, Job, Total
 from fedloom.errors import RunError
 from fedloom.flower.transport import Transport
-from fedloom.loop import Limits, Record, federate, in_order
-from fedloom.runs import evaluate, export, flower_server, private, radio_cost, track
+from fedloom.loop import Record, federate, in_order
+from fedloom.runs import budget, evaluate, export, flower_server, private, radio_cost, track
 from fedloom.runs.config import RunConfig
 from fedloom.runs.contradictions import refuse_contradictions, refuse_too_many
 from fedloom.runs.experiment import Experiment, experiment
@@ -213,6 +213,7 @@ class _Run:
         trackers: list[Any],
     ) -> None:
         self.run, self.observer, self._accepted, self.trackers = run, observer, accepted, trackers
+        self.budget, e = budget.opened(run.path, e)
         here = private.engine(e.config)(
             e.trainer,
             e.sites,
@@ -246,6 +247,10 @@ class _Run:
         self.observer.assembled(e)
         for record in records:
             self._tell(record)
+        if self.budget is not None and not done:
+            self.rounds = self.budget.last_round(max(t, 0), self.rounds)
+            if self.rounds < c.train.rounds:
+                self.observer.doing(f"the privacy budget ends the run after round {self.rounds} of {c.train.rounds}")
         if done:  # but for its adapters, which are missing or damaged
             return self._finish(state)
         if t < 0:
@@ -262,7 +267,7 @@ class _Run:
             self.rounds,
             start=t + 1,
             sample=e.given.sampler or flower_server.sampler(e),
-            limits=Limits(c.clients.max_norm, c.clients.max_ratio, c.engine.quorum),
+            limits=private.limits(c),
             recent_steps=[r["report"]["step_norm"] for r in records if "step_norm" in r.get("report", {})],
             on_round=self._after,
         )
@@ -307,7 +312,8 @@ class _Run:
         train_s = stats.pop("train_s")
         network = radio_cost.cost(self.radio, record) if self.radio is not None and record.stage == "clients" else None
         engine = stats if record.t > 0 else None
-        made = line(record, state, scores=scores, train_s=train_s, network=network, engine=engine)
+        spent = self.budget.spend(record, state) if self.budget is not None else None
+        made = line(record, state, scores=scores, train_s=train_s, network=network, engine=engine, privacy=spent)
         self.run.append(made)
         self._tell(made)
 
