@@ -32,7 +32,7 @@ format: .venv/test
 	touch $@
 
 .venv/test: .venv/made pyproject.toml requirements/constraints.txt requirements/test.txt
-	$(PIP) install --constraint requirements/constraints.txt --editable '.[flower,wireless,dev]'
+	$(PIP) install --constraint requirements/constraints.txt --editable '.[flower,wireless,privacy,dev]'
 	$(PIP) install --no-deps --require-hashes --requirement requirements/test.txt
 	touch $@
 

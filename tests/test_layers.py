@@ -25,11 +25,12 @@ FLOORS = [
     ["flows"],
     ["methods"],
     ["checkpoint", "communication", "engine", "sampling", "screening", "loop", "simulation", "describe"],
+    ["privacy"],
     ["train", "data", "models", "wireless"],
     ["flower"],
     ["runs"],
-    ["api"],
     ["studies"],
+    ["api"],
     ["cli"],
 ]
 """Modules and packages of `fedloom`, from the ground up: each imports from its own floor and those below, in no circle."""

@@ -12,6 +12,7 @@ from fedloom.runs import config as configs
 from fedloom.runs import run as runs
 from fedloom.runs.config import RunConfig
 from fedloom.runs.run import Observer, Result
+from fedloom.studies import web
 
 
 def run(
@@ -31,7 +32,9 @@ def run(
         settings = configs.parse(config, "the run's configuration")
     else:
         settings = configs.load(Path(config))
-    return runs.start(settings, None if out is None else Path(out), observer)
+    result = runs.start(settings, None if out is None else Path(out), observer)
+    web.if_asked(result.path)
+    return result
 
 
 def load_config(path: str | PathLike[str], overrides: Iterable[str] = ()) -> RunConfig:
@@ -51,4 +54,6 @@ def resume(
     Raises RunError if data, model or run file are not what the run began with, unless `accept_changes`.
     """
     hub.quiet()
-    return runs.resume(Path(path), observer, accept_changes=accept_changes, back_to=back_to)
+    result = runs.resume(Path(path), observer, accept_changes=accept_changes, back_to=back_to)
+    web.if_asked(result.path)
+    return result

@@ -209,6 +209,11 @@ def test_a_report_of_runs_and_of_one_run(
     assert call(["report", str(runs[0]), "--out", str(out), "--figures", "pdf"]) == 0
     assert "Round by round" in out.read_text() and f"report:  {out}" in capsys.readouterr().out
     assert (tmp_path / "one-rounds.pdf").read_bytes().startswith(b"%PDF")
+    assert call(["report", str(runs[0]), "--out", str(out), "--score", "loss"]) == 0
+    assert "loss, smaller is better" in out.read_text()
+    capsys.readouterr()
+    assert call(["report", str(runs[0]), "--out", str(out), "--score", "bleu"]) == 2
+    assert "no run has a score named 'bleu'" in capsys.readouterr().err
     assert call(["report", str(tmp_path / "nowhere")]) == 2
     assert "is no run directory" in capsys.readouterr().err
     assert call(["report", str(runs[0]), "--out", str(out), "--figures", "gif"]) == 2

@@ -139,3 +139,23 @@ def test_wrappers_and_quoted_keys(write: Write) -> None:
     config = next(iter(cells.cells(made, chosen(made)))).config()
     assert config.train.lr == 0.5
     assert json.loads(json.dumps(config.method.model_dump()))["over"] == {"name": "fedex_lora"}
+
+
+ROOT = Path(__file__).parents[2]
+WRITTEN = [
+    path for path in (*ROOT.glob("benchmarks/studies/*.toml"), ROOT / "examples/study.toml") if path.stem != "base"
+]
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.stem)
+def test_studies_of_the_repository_are_right(path: Path) -> None:
+    made = study.load(path)
+    cells.check(made, path.name)
+    assert made.file.draws >= 5 and len(made.file.methods) >= 3
+
+
+def test_the_study_at_equal_bytes_plans_equal_ranks_times_rounds() -> None:
+    made = study.load(ROOT / "benchmarks/studies/bytes.toml")
+    planned = {c.label: c.config() for c in cells.cells(made, chosen(made)) if c.role == "method" and c.draw == 0}
+    sent = {label: (c.clients.ranks or c.lora.rank) * c.train.rounds for label, c in planned.items()}  # type: ignore[operator]
+    assert set(sent.values()) == {24} and len(sent) == 5

@@ -47,7 +47,10 @@ def resumable(path: Path) -> Iterator[None]:
 
 
 def finished(result: Result, file: Path | str) -> None:
-    """What came of a run. `file` is its run file, "" the quickstart's."""
+    """What came of a run, and its report if it asks for one. `file` is its run file, "" the quickstart's."""
+    from fedloom.studies import web
+
+    web.if_asked(result.path)
     again = f"fedloom run {file}".rstrip()
     scores = ", ".join(f"{name} {value:.4f}" for name, value in result.eval.items() if value is not None)
     say(f"\nheld-out {scores}" if scores else "")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from fedloom.cli.show import err, out, say
 from fedloom.errors import ConfigError
@@ -57,6 +56,7 @@ def report(
     out_: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="One file that needs nothing else.")] = Path(
         "report.html"
     ),
+    score: Annotated[str | None, typer.Option(metavar="METRIC", help="Another score than the task's first.")] = None,
     figures: Annotated[
         str | None, typer.Option(metavar="FORMAT", help="The charts as files too, beside the report: pdf, svg or png.")
     ] = None,
@@ -67,7 +67,7 @@ def report(
     """
     from fedloom.studies import summary, web
 
-    found = summary.read(paths)
+    found = summary.read(paths, score)
     say(f"report:  {web.write(found, out_)}")
     if figures is not None:
         if figures not in ("pdf", "svg", "png"):
@@ -79,16 +79,9 @@ def report(
 
 
 def _print(found: Summary) -> None:
-    from fedloom.studies.tables import COLUMNS, cells_of
+    from fedloom.studies.tables import text
     from fedloom.studies.verdict import verdict
 
-    table = Table(box=None, pad_edge=False)
-    for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    for line in found.lines:
-        table.add_row(*cells_of(found, line))
-    out.print()
-    out.print(table, markup=False, soft_wrap=True)
-    out.print()
-    for sentence in verdict(found):
-        say(sentence)
+    say("")
+    for line in (*text(found), "", *verdict(found)):
+        say(line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from fedloom.data import hub, packaged
 from fedloom.data.batches import Kind as Kind
 from fedloom.errors import ConfigError, ModelError, nearest
 from fedloom.models.families import family_of, model_type
+from fedloom.models.usable import check_usable
+from fedloom.models.weights import weight_files, weights_sha256
 from fedloom.rng import generator, seed_of
 from fedloom.state import Sites
 
@@ -71,10 +72,13 @@ def load_base(
             options |= {"num_labels": num_labels, "problem_type": problem, "ignore_mismatched_sizes": True}
         if attention is not None:
             options["attn_implementation"] = attention
+        if local:
+            weight_files(Path(source))  # of a hub id they are not here yet
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source)
         loaded: Any = loader.from_pretrained(source, **options)
         model, info = loaded
-        digest = packaged.weights_sha256(name) if name in known and local else _weights_sha256(source)
+        digest = packaged.weights_sha256(name) if name in known and local else weights_sha256(_directory(source))
+    check_usable(name, model, tokenizer)
     head = tuple(head_modules(model))
     fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     _draw(model, fresh, head, seed, name, kind)
@@ -116,6 +120,15 @@ def resolve(name: str) -> str:
             f"{', '.join(packaged.MODELS)}"
         )
     return name
+
+
+def _directory(source: str) -> Path:
+    """Where the files of a directory or hub id are."""
+    if Path(source).is_dir():
+        return Path(source)
+    from transformers.utils.hub import cached_file
+
+    return Path(str(cached_file(source, "config.json"))).parent
 
 
 def head_modules(model: nn.Module) -> list[str]:
@@ -266,18 +279,3 @@ def _cpu_has_bfloat16() -> bool:
     except OSError:
         return False
     return any(word in flags for word in ("avx512_bf16", "amx_bf16"))
-
-
-def _weights_sha256(source: str) -> str:
-    """Hash of a model's weight files: of the file where there is one, of their hashes in order of name where there are more."""
-    directory = Path(source)
-    if not directory.is_dir():
-        from transformers.utils.hub import cached_file
-
-        directory = Path(str(cached_file(source, "config.json"))).parent
-    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
-    hashes = []
-    for file in files:
-        with file.open("rb") as stream:
-            hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()

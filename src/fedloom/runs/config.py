@@ -131,7 +131,10 @@ class ClientsSection(_Section):
 
 
 class MethodSection(BaseModel):
-    """[method]: a name and that method's own fields; a wrapper has the table [method.over]."""
+    """[method]: a name and that method's own fields; a wrapper has the table [method.over].
+
+    A name `module:Class` imports that module, from the current folder too: such a run file runs code, as a script does.
+    """
 
     model_config = ConfigDict(
         extra="allow", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -235,6 +238,18 @@ class RunSection(_Section):
     """So many of the last rounds can be gone back to: `fedloom resume RUN --round N`."""
 
 
+class TrackSection(_Section):
+    """[track]: where the rounds are sent while the run goes on."""
+
+    to: list[str] = []
+    """Trackers by accelerate's names: tensorboard, wandb, mlflow, trackio, ...; their files are below RUN/track."""
+    project: str = "fedloom"
+    offline: bool = True
+    """Nothing leaves this machine."""
+    report: bool = False
+    """Write RUN/report.html at the end."""
+
+
 class RunConfig(_Section):
     """A whole run: the keys of a run file, with their defaults."""
 
@@ -249,6 +264,7 @@ class RunConfig(_Section):
     engine: EngineSection = EngineSection()
     run: RunSection = RunSection()
     network: NetworkSection | None = None
+    track: TrackSection = TrackSection()
 
     @property
     def split_seed(self) -> int:

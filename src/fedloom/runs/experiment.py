@@ -16,10 +16,12 @@ from torch import Tensor
 from fedloom.client import Client
 from fedloom.core import Method, Visit, Work
 from fedloom.data import load, partition
+from fedloom.data.metrics import NEEDS_TEXT
 from fedloom.data.tokenize import Encoded, encode_causal, encode_labelled
 from fedloom.errors import ConfigError
 from fedloom.flows import rehearse
 from fedloom.models import huggingface, peft
+from fedloom.models.usable import row_length
 from fedloom.rng import generator
 from fedloom.runs.config import RunConfig
 from fedloom.runs.plan import Plan, plan
@@ -42,13 +44,15 @@ class Rows:
     config: RunConfig
     tables: Tables
     tokenizer: Any
+    max_length: int
+    """Tokens of a row, prompt and answer."""
 
     def _encode(self, rows: Dataset) -> Encoded:
-        task = self.config.task
+        task, most = self.config.task, self.max_length
         if task.kind == "causal-lm":
-            return encode_causal(rows, self.tokenizer, task.prompt, task.response, task.template, task.max_length)
+            return encode_causal(rows, self.tokenizer, task.prompt, task.response, task.template, most)
         labels = self.tables.labels or None
-        return encode_labelled(rows, self.tokenizer, self.tables.text, task.label, labels, task.max_length, task.kind)
+        return encode_labelled(rows, self.tokenizer, self.tables.text, task.label, labels, most, task.kind)
 
     @cached_property
     def train(self) -> Encoded:
@@ -203,7 +207,7 @@ def experiment(
         device=device,
         dtype=dtype,
         trainer=_trainer(c, base, sites, device, dtype),
-        rows=Rows(c, table, base.tokenizer),
+        rows=Rows(c, table, base.tokenizer, _row_length(c, table, base)),
     )
 
 
@@ -236,6 +240,14 @@ def _partition(config: RunConfig, table: Tables) -> dict[str, list[int]]:
         label=task.label if task.kind == "classification" else None,
         classes_per_client=c.classes_per_client,
     )
+
+
+def _row_length(config: RunConfig, table: Tables, base: huggingface.Base) -> int:
+    task = config.task
+    answer = task.max_new_tokens if NEEDS_TEXT & {*table.metrics} else 0
+    # The default asks for no length: a resolved run file has it too.
+    asked = task.max_length != type(task).model_fields["max_length"].default
+    return row_length(task.max_length, asked, answer, base.model)
 
 
 def _trainer(

@@ -5,25 +5,28 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from fedloom.data import partition
-from fedloom.disk import disk_errors
-from fedloom.errors import RunError
+from fedloom.errors import FedloomError, RunError
 from fedloom.models import peft
 from fedloom.runs import evaluate, export
 from fedloom.runs.experiment import experiment
 from fedloom.runs.run_directory import RunDirectory, digest_file, digest_files
+from fedloom.text import shown
 
 
 def adapter_of(run: RunDirectory, client: str | None) -> Path:
     """The adapter directory of the run, or of one of its clients. Raises RunError if it is not there."""
+    known = sorted(p.name for p in (run.path / "clients").glob("*"))
+    # A client is one of those names, never a path that leads out of the run.
     path = run.adapter if client is None else run.path / "clients" / client / "adapter"
-    if (path / "adapter_config.json").is_file():
+    if (client is None or client in known) and (path / "adapter_config.json").is_file():
         return path
     if client is None:
         raise RunError(f"{run.path} has no adapter yet: finish it with `fedloom resume {run.path}`")
-    known = sorted(p.name for p in (run.path / "clients").glob("*"))
     raise RunError(
-        f"{run.path} holds no model of client {client!r}: "
+        f"{run.path} holds no model of client {shown(client)}: "
         + (f"it has {', '.join(known)}" if known else "its method keeps nothing with the clients")
     )
 
@@ -36,29 +39,52 @@ def evaluate_saved(path: Path, client: str | None = None) -> dict[str, float]:
 
 
 def export_saved(path: Path, dest: Path, client: str | None = None, merge: bool = False) -> None:
-    """Copy a saved adapter to `dest`, or write the model with the adapter merged. `dest` must be new or empty."""
+    """Copy a saved adapter to `dest`, or write the model with the adapter merged. `dest` must be new or empty.
+
+    It is written beside `dest` and renamed: what is there is whole. Raises RunError if it cannot be written.
+    """
     run = RunDirectory.open(path)
     adapter = adapter_of(run, client)
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise RunError(f"{dest} exists and is not empty, expected a new or empty directory: choose another name")
-    with disk_errors(dest):
-        if not merge:
-            shutil.copytree(adapter, dest, dirs_exist_ok=True)
-            return
-        e = experiment(run.config())
-        e.trainer.close()  # the model's own layers are merged into
-        work = export.read(adapter)
-        peft.merge(
-            e.base.model,
-            work.train["A"],
-            work.train["B"],
-            work.scale,
-            {},
-            work.train.get("head"),
-            dest,
-            e.base.tokenizer,
-            e.tables.labels or None,
-        )
+    beside = dest.resolve().with_name(f".{dest.resolve().name}.new")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)  # of an export that was killed
+        if merge:
+            _write_merged(run, adapter, beside)
+        else:
+            shutil.copytree(adapter, beside)
+        if dest.exists():  # and is empty; it may be where the command is run
+            for file in beside.iterdir():
+                file.rename(dest / file.name)
+        else:
+            beside.rename(dest)
+    except FedloomError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"cannot write {dest}: {getattr(error, 'strerror', None) or error}. The run is as it was: free space or fix "
+            "the permissions, and export again"
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_merged(run: RunDirectory, adapter: Path, dest: Path) -> None:
+    e = experiment(run.config())
+    e.trainer.close()  # the model's own layers are merged into
+    work = export.read(adapter)
+    peft.merge(
+        e.base.model,
+        work.train["A"],
+        work.train["B"],
+        work.scale,
+        {},
+        work.train.get("head"),
+        dest,
+        e.base.tokenizer,
+        e.tables.labels or None,
+    )
 
 
 def verify(path: Path) -> list[tuple[str, str | None, str | None]]:

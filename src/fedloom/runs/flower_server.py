@@ -21,8 +21,19 @@ from fedloom.runs.experiment import Experiment, with_clients
 from fedloom.runs.flower_node import agreement, local_worker
 from fedloom.runs.run_directory import RunDirectory, digest_file
 from fedloom.sampling import Sampler, fraction
+from fedloom.text import shown
 
 _FORMS: dict[str, Form] = {"float32": "raw", "bfloat16": "bfloat16", "int8": "int8"}
+
+
+def check_startable(config: RunConfig) -> None:
+    """Raise ConfigError if Flower is not installed, or the certificate's file is not there."""
+    sandbox.command("flower-superlink" if config.engine.superlink is None else "flwr")
+    named = config.engine.root_certificates
+    if named is not None and not Path(named).is_file():
+        raise ConfigError(
+            f"engine.root_certificates: there is no file {shown(named)}, expected the authority's PEM file"
+        )
 
 
 @contextmanager

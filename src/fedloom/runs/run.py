@@ -20,7 +20,7 @@ from fedloom.engine import Engine, Job, Total
 from fedloom.errors import RunError
 from fedloom.flower.transport import Transport
 from fedloom.loop import Limits, Record, federate, in_order
-from fedloom.runs import evaluate, export, flower_server, radio_cost
+from fedloom.runs import evaluate, export, flower_server, radio_cost, track
 from fedloom.runs.config import RunConfig
 from fedloom.runs.contradictions import refuse_contradictions, refuse_too_many
 from fedloom.runs.experiment import Experiment, experiment
@@ -74,6 +74,7 @@ def start(
     config = absolute(config)
     path = out if out is not None else free_name(config)
     RunDirectory.require_free(path)
+    track.check(config.track)
     # Whatever is wrong with method, data or model is told before anything is written.
     e = _prepared(config, observer, transport)
     run = RunDirectory.create(path, config)
@@ -84,7 +85,10 @@ def start(
 def _prepared(config: RunConfig, observer: Observer, transport: Transport | None) -> Experiment:
     """The experiment, with all checked that can be before the first round."""
     planned = plan(config)
-    refuse_contradictions(planned, here=transport is None and config.engine.name == "inprocess")
+    here = transport is None and config.engine.name == "inprocess"
+    refuse_contradictions(planned, here=here)
+    if not here and transport is None:
+        flower_server.check_startable(config)
     e = experiment(planned, observer.doing)
     refuse_too_many(config, len(e.clients))
     e.rows.encode()
@@ -185,8 +189,9 @@ def _go(
         torch.set_num_threads(threads)
     here = transport is None and e.config.engine.name == "inprocess"
     reached = nullcontext(transport) if here or transport is not None else None
-    with reached or flower_server.connected(run, e, observer.doing) as link:
-        return _Run(run, e, observer, client_states, link, accepted).go(t, state, done)
+    link = reached or flower_server.connected(run, e, observer.doing)
+    with link as transport, track.tracked(run.path, e.config) as trackers:
+        return _Run(run, e, observer, client_states, transport, accepted, trackers).go(t, state, done)
 
 
 class _Run:
@@ -200,8 +205,9 @@ class _Run:
         client_states: ClientStates,
         transport: Transport | None,
         accepted: list[dict[str, Any]],
+        trackers: list[Any],
     ) -> None:
-        self.run, self.observer, self._accepted = run, observer, accepted
+        self.run, self.observer, self._accepted, self.trackers = run, observer, accepted, trackers
         here = Simulation(
             e.trainer,
             e.sites,
@@ -234,7 +240,7 @@ class _Run:
         partition.save(dict(e.partition), self.run.partition_file)
         self.observer.assembled(e)
         for record in records:
-            self.observer.round(record)
+            self._tell(record)
         if done:  # but for its adapters, which are missing or damaged
             return self._finish(state)
         if t < 0:
@@ -298,7 +304,11 @@ class _Run:
         engine = stats if record.t > 0 else None
         made = line(record, state, scores=scores, train_s=train_s, network=network, engine=engine)
         self.run.append(made)
-        self.observer.round(made)
+        self._tell(made)
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        track.send(self.trackers, record)
+        self.observer.round(record)
 
     def _scores(self, state: State, t: int) -> Scores:
         """Of the server's model, or the mean over the clients' own models where there is no common one."""

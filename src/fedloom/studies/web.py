@@ -12,7 +12,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from fedloom import __version__, disk
-from fedloom.studies import charts, results, svg
+from fedloom.runs.run_directory import RunDirectory
+from fedloom.studies import charts, results, summary, svg
 from fedloom.studies.results import Trace
 from fedloom.studies.statistics import Difference
 from fedloom.studies.study import LOWER_IS_BETTER
@@ -30,6 +31,12 @@ def write(s: Summary, path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     disk.write(path, render(s).encode())
     return path
+
+
+def if_asked(path: Path) -> None:
+    """Write RUN/report.html of a finished run whose run file says so (track.report)."""
+    if RunDirectory.open(path).config().track.report:
+        write(summary.read([path]), path / "report.html")
 
 
 def render(s: Summary) -> str:
