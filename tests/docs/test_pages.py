@@ -69,3 +69,30 @@ def test_every_section_and_command_has_its_place_in_the_reference() -> None:
     assert all(f"$ fedloom keys {name}\n" in text for name in sections() if name)
     commands = [str(each.name or each.callback.__name__) for each in app.registered_commands if each.callback]
     assert all(f"$ fedloom {name} --help\n" in text for name in commands)
+
+
+CITED = {
+    "FSLoRA": ["methods/fslora.py"],
+    "FedLoDrop": ["methods/fedlodrop.py", "wireless"],
+    "FedLoRA-Optimizer": ["methods/fedlora_optimizer.py", "runs/sensitivity.py"],
+}
+
+
+@pytest.mark.parametrize("paper", CITED)
+def test_every_equation_that_the_code_cites_is_stated_with_its_status(paper: str) -> None:
+    text = (ROOT / "docs" / "equations.md").read_text(encoding="utf-8").partition(f"\n## {paper}\n")[2]
+    stated: set[str] = set()
+    for row in re.findall(r"^\| (\([^|]*) \|", text.partition("\n## ")[0], re.MULTILINE):
+        numbers = re.findall(r"\((\d+\w?'?)\)", row)
+        stated |= set(numbers) if "-" not in row else {str(i) for i in range(int(numbers[0]), int(numbers[1]) + 1)}
+    source = ROOT / "src" / "fedloom"
+    files = [
+        x for name in CITED[paper] for x in ([source / name] if name.endswith(".py") else (source / name).rglob("*.py"))
+    ]
+    cited = {
+        number
+        for file in files
+        for line in re.findall(r'"""(?:.|\n)*?"""|#.*', file.read_text(encoding="utf-8"))
+        for number in re.findall(r"(?<![\w\]])\((\d{1,2}[abc]?'?)\)", line)
+    }
+    assert len(cited) > 3 and cited <= stated, cited - stated
