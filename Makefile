@@ -9,7 +9,7 @@ demo: .venv/demo
 	$(BIN)/fedloom run
 
 test: .venv/test
-	$(BIN)/pytest --numprocesses 2 --dist worksteal
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup
 
 # Format, lint and types, without the tests.
 check: .venv/test

@@ -43,6 +43,12 @@ WORDS = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="the one seed of a simulated federation to repeat")
+    parser.addoption("--seeds", type=int, default=200, help="how many simulated federations to play")
+    parser.addoption("--every-fault", action="store_true", help="every fault at every write of a run, not two")
+
+
 @pytest.fixture
 def need() -> Callable[[str], None]:
     """Skip where a packaged model or data set is not installed; in CI, fail."""

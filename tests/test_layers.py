@@ -19,7 +19,7 @@ SOURCE = Path(fedloom.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 FLOORS = [
-    ["errors", "rng", "state", "toml", "disk"],
+    ["errors", "rng", "state", "text", "toml", "disk"],
     ["client", "lora", "spec", "slices", "dora", "fields"],
     ["core"],
     ["flows"],

@@ -16,7 +16,7 @@ from fedloom.runs.config import RunConfig
 from fedloom.runs.contradictions import refuse_contradictions
 from fedloom.runs.plan import Plan, absolute, plan
 
-pytestmark = [pytest.mark.fuzz, pytest.mark.filterwarnings("ignore:.*is the old form:DeprecationWarning")]
+pytestmark = [pytest.mark.fuzz, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 SECTIONS = {
     name: [*toml.known_keys(RunConfig, [name]), "strange"]

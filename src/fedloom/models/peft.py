@@ -46,7 +46,7 @@ def write_adapter(
     full parameter names, such as `classifier.weight`, to tensors; `fan_in_fan_out` is for GPT-2's Conv1D. The same tensors
     give the same bytes. Raises ModelError if A and B do not fit together.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     _check(A, B)
     head = head or {}
@@ -84,7 +84,8 @@ def write_adapter(
     tensors |= {f"{_PREFIX}{name}": x for name, x in head.items()}
     path.mkdir(parents=True, exist_ok=True)
     plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    save_file(plain, path / WEIGHTS, metadata={"format": "pt"})
+    # Not save_file: of a full disk it raises an error of its own, and its files are for their owner alone.
+    (path / WEIGHTS).write_bytes(save(plain, metadata={"format": "pt"}))
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

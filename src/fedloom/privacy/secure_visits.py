@@ -1,7 +1,7 @@
 """An engine that gives sums alone: the simulator, with the secure sum's real messages between its clients and the server.
 
 Each client checks its own upload, for nobody else can, encodes weight * spread(upload) and masks it; the server adds masked
-words and opens the sum of those who answered. A coordinate that fewer than `least` clients train would be read off the sum:
+words and opens the sum of those who answered. A coordinate that fewer than `cover` clients train would be read off the sum:
 all who could tell it apart send there what they received, as if they had not trained it.
 """
 
@@ -18,13 +18,13 @@ from torch import Tensor
 from fedloom.core import Client, Each, Exchange, Failure, Method, Round, State
 from fedloom.engine import Answer, Job, Total
 from fedloom.errors import MethodError, RoundError
+from fedloom.privacy.cover import covered
 from fedloom.privacy.exchange import Aggregator, Party, Shares, Terms
 from fedloom.privacy.fixed_point import FixedPoint, Layout
 from fedloom.privacy.keys import RunKey
 from fedloom.privacy.memory import Memory
-from fedloom.rng import generator
 from fedloom.simulation import LocalVisits, Simulation
-from fedloom.spec import Spec, reject_reason, zeros
+from fedloom.spec import reject_reason
 from fedloom.state import only
 
 Rows = TypeVar("Rows")
@@ -35,7 +35,9 @@ class SecureSums:
     """How a run's sums are made, and the keys of its clients, which all live in this process."""
 
     least: int = 3
-    """Clients of the smallest sum that is opened, and that train a coordinate."""
+    """Clients of the smallest sum that is opened."""
+    cover: int = 3
+    """Clients that must train a coordinate; the others leave it as it was."""
     limit: float = 65536.0
     """Largest size of a number that a client sends, times its share of the largest weight."""
     bits: Literal[32, 64] = 64
@@ -144,19 +146,20 @@ class _OneSum:
         return self._wide(client, only(received, *wanted), received)
 
     def _thin(self) -> Tensor:
-        """Which coordinates are trained by some clients, but by fewer than a sum needs. Raises RoundError where that is final."""
+        """Which coordinates some clients train, but fewer than a sum needs. Raises RoundError if they cannot be left out."""
+        least = min(self.visits.sums.cover, len(self.clients))
         cover: Tensor | None = None
         for client in self.clients.values():
-            received = self.x.send(client)
-            wide = self._wide(client, _positive(self.x.expects(client, received)), received)
-            there = (Layout.of(wide).vector(wide) != 0).int()
+            wide = covered(self.visits.method, self.x, client, self.terms.t, self.visits.round.sites)
+            there = Layout.of(wide).vector(wide)
             cover = there if cover is None else cover + there
         assert cover is not None
-        thin = (cover > 0) & (cover < min(self.terms.least, len(self.clients)))
+        thin = (cover > 0) & (cover < least)
         if thin.any() and (why := self._not_skipped()):
             raise RoundError(
-                f"round {self.terms.t}: {int(thin.sum())} of {len(thin)} coordinates are trained by fewer than {self.terms.least} "
-                f"clients, which a sum would tell apart, and clients cannot leave them out: {why}. Give clients larger budgets"
+                f"round {self.terms.t}: {int(thin.sum())} of {len(thin)} coordinates are trained by fewer than {least} clients "
+                f"(privacy.min_cover), whom a sum would tell apart, and {self.visits.method.name} cannot leave them out "
+                f"({why}): give clients larger budgets"
             )
         return thin
 
@@ -167,12 +170,3 @@ class _OneSum:
             if why := reject_reason(wanted, only(received, *wanted)):
                 return why
         return None
-
-
-def _positive(spec: Spec) -> State:
-    """An upload without a zero; random, so that no sum of its numbers vanishes either."""
-    rng = generator("cover")
-    return {
-        role: {site: 0.5 + torch.rand(x.shape, generator=rng, dtype=x.dtype) for site, x in group.items()}
-        for role, group in zeros(spec).items()
-    }

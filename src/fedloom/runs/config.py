@@ -222,6 +222,41 @@ class EngineSection(_Section):
         return self
 
 
+class PrivacySection(_Section):
+    """[privacy]: what the server sees of an upload, and what the model may tell of a client or a row."""
+
+    secure_aggregation: bool = False
+    """The server gets the sum of the uploads and no single one."""
+    min_clients: int = Field(3, ge=2)
+    """Clients of the smallest sum that is opened."""
+    min_cover: int = Field(3, ge=1)
+    """Clients that must train a number of the adapter; with fewer, it stays as it was."""
+    limit: float = Field(65536.0, gt=0)
+    """Largest size of a number in a secure sum: a client with a larger one leaves the round."""
+    bits: Literal[32, 64] = 64
+    """Of a number in a secure sum; 32 with a small limit, about 1."""
+
+    unit: Literal["client", "example"] | None = None
+    """Differential privacy of all of a client's rows, or of each row; without it, none."""
+    clip: float = Field(1.0, gt=0)
+    """Largest norm of a client's change, or of a row's gradient."""
+    noise_multiplier: float | None = Field(None, ge=0)
+    """Standard deviation of the noise over `clip`; 0 clips alone, which is no differential privacy."""
+    target_epsilon: float | None = Field(None, gt=0)
+    """Never passed: the run stops before. Without a noise_multiplier, the noise is such that train.rounds just keep to it."""
+    delta: float = Field(1e-5, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _noise(self) -> PrivacySection:
+        if self.unit is None and (self.noise_multiplier is not None or self.target_epsilon is not None):
+            raise ValueError(
+                'noise_multiplier or target_epsilon is set without a unit, expected unit = "client" or "example"'
+            )
+        if self.unit is not None and self.noise_multiplier is None and self.target_epsilon is None:
+            raise ValueError("unit is set without noise: set target_epsilon, or noise_multiplier")
+        return self
+
+
 class NetworkSection(_Section):
     """[network]: simulated seconds and joules of every round, from the bytes that crossed and the rows trained on."""
 
@@ -266,6 +301,7 @@ class RunConfig(_Section):
     run: RunSection = RunSection()
     network: NetworkSection | None = None
     track: TrackSection = TrackSection()
+    privacy: PrivacySection | None = None
 
     @property
     def split_seed(self) -> int:

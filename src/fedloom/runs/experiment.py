@@ -23,6 +23,7 @@ from fedloom.flows import rehearse
 from fedloom.models import huggingface, peft
 from fedloom.models.usable import row_length
 from fedloom.rng import generator
+from fedloom.runs import private
 from fedloom.runs.config import RunConfig
 from fedloom.runs.plan import Plan, plan
 from fedloom.runs.tables import Tables, tables
@@ -188,6 +189,9 @@ def experiment(
     base = base or huggingface.load_base(
         c.model.name, kind=c.task.kind, num_labels=max(1, len(table.labels)), seed=c.seed
     )
+    clients = planned.clients(parts)
+    if only_client is None:
+        private.check_clients(c, clients)
     targets = huggingface.default_targets(base.model) if c.lora.targets == "auto" else list(c.lora.targets)
     sites = huggingface.find_sites(base.model, targets)
     huggingface.check_rank(sites, planned.method.rank)
@@ -198,7 +202,7 @@ def experiment(
         plan=planned,
         tables=table,
         partition=parts,
-        clients=planned.clients(parts),
+        clients=clients,
         base=base,
         targets=targets,
         sites=sites,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from fedloom.data import partition
-from fedloom.errors import FedloomError, RunError
+from fedloom.disk import write_new_folder
+from fedloom.errors import RunError
 from fedloom.models import peft
 from fedloom.runs import evaluate, export
 from fedloom.runs.experiment import experiment
@@ -21,7 +19,9 @@ def adapter_of(run: RunDirectory, client: str | None) -> Path:
     known = sorted(p.name for p in (run.path / "clients").glob("*"))
     # A client is one of those names, never a path that leads out of the run.
     path = run.adapter if client is None else run.path / "clients" / client / "adapter"
-    if (client is None or client in known) and (path / "adapter_config.json").is_file():
+    if (client is None or client in known) and any(
+        (path / name).is_file() for name in ("adapter_config.json", export.GATED)
+    ):
         return path
     if client is None:
         raise RunError(f"{run.path} has no adapter yet: finish it with `fedloom resume {run.path}`")
@@ -47,44 +47,26 @@ def export_saved(path: Path, dest: Path, client: str | None = None, merge: bool 
     adapter = adapter_of(run, client)
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise RunError(f"{dest} exists and is not empty, expected a new or empty directory: choose another name")
-    beside = dest.resolve().with_name(f".{dest.resolve().name}.new")
-    try:
-        shutil.rmtree(beside, ignore_errors=True)  # of an export that was killed
-        if merge:
-            _write_merged(run, adapter, beside)
-        else:
-            shutil.copytree(adapter, beside)
-        if dest.exists():  # and is empty; it may be where the command is run
-            for file in beside.iterdir():
-                file.rename(dest / file.name)
-        else:
-            beside.rename(dest)
-    except FedloomError:
-        raise
-    except (OSError, SafetensorError) as error:
+    if not merge:
+        write_new_folder(dest, lambda folder: _copy(adapter, folder))
+        return
+    work = export.read(adapter)
+    if "gate" in work.train:
         raise RunError(
-            f"cannot write {dest}: {getattr(error, 'strerror', None) or error}. The run is as it was: free space or fix "
-            "the permissions, and export again"
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _write_merged(run: RunDirectory, adapter: Path, dest: Path) -> None:
+            f"{adapter} weighs its ranks by the input, and cannot be merged into weights: export it without --merge"
+        )
     e = experiment(run.config())
     e.trainer.close()  # the model's own layers are merged into
-    work = export.read(adapter)
-    peft.merge(
-        e.base.model,
-        work.train["A"],
-        work.train["B"],
-        work.scale,
-        {},
-        work.train.get("head"),
-        dest,
-        e.base.tokenizer,
-        e.tables.labels or None,
+    A, B, head = work.train["A"], work.train["B"], work.train.get("head")
+    tokenizer, labels = e.base.tokenizer, e.tables.labels or None
+    write_new_folder(
+        dest, lambda folder: peft.merge(e.base.model, A, B, work.scale, {}, head, folder, tokenizer, labels)
     )
+
+
+def _copy(adapter: Path, folder: Path) -> None:
+    for file in adapter.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
 
 
 def verify(path: Path) -> list[tuple[str, str | None, str | None]]:

@@ -40,7 +40,7 @@ LOCAL = {
 def agreement(config: RunConfig) -> dict[str, Any]:
     """What server and nodes must have in common, as nested plain values."""
     values = config.model_dump(mode="json")
-    shared = {name: values[name] for name in ("seed", "model", "task", "lora", "method", "train")}
+    shared = {name: values[name] for name in ("seed", "model", "task", "lora", "method", "train", "privacy")}
     for section, keys in LOCAL.items():
         shared[section] = {key: x for key, x in shared[section].items() if key not in keys}
     return shared

@@ -16,6 +16,7 @@ from fedloom.client import BUDGETS, Client, whole_budget
 from fedloom.core import Method
 from fedloom.data import metrics
 from fedloom.errors import ConfigError
+from fedloom.runs import private
 from fedloom.runs.config import RunConfig
 from fedloom.text import shown
 
@@ -50,6 +51,7 @@ def plan(config: RunConfig) -> Plan:
         method.check(made._client("any", 1, i))
     if method.needs_proxy_data and config.task.proxy_data is None:
         raise ConfigError(f"{method.name} trains on the server in some rounds: name its rows, task.proxy_data")
+    private.check_method(config, method)
     return made
 
 

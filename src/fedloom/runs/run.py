@@ -20,14 +20,13 @@ from fedloom.engine import Engine, Job, Total
 from fedloom.errors import RunError
 from fedloom.flower.transport import Transport
 from fedloom.loop import Limits, Record, federate, in_order
-from fedloom.runs import evaluate, export, flower_server, radio_cost, track
+from fedloom.runs import evaluate, export, flower_server, private, radio_cost, track
 from fedloom.runs.config import RunConfig
 from fedloom.runs.contradictions import refuse_contradictions, refuse_too_many
 from fedloom.runs.experiment import Experiment, experiment
 from fedloom.runs.plan import absolute, plan
 from fedloom.runs.record import Scores, line
 from fedloom.runs.run_directory import RunDirectory, digest_file, digest_files
-from fedloom.simulation import Simulation
 from fedloom.state import State
 
 
@@ -208,7 +207,7 @@ class _Run:
         trackers: list[Any],
     ) -> None:
         self.run, self.observer, self._accepted, self.trackers = run, observer, accepted, trackers
-        here = Simulation(
+        here = private.engine(e.config)(
             e.trainer,
             e.sites,
             e.rows_of,
