@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -162,6 +163,18 @@ def test_the_list_of_commands_has_whole_sentences(capsys: pytest.CaptureFixture[
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80 and "..." not in text.partition("Commands:")[2]
     assert all(f"\n  {command} " in text for command in commands())
+
+
+def test_the_shell_completes_commands() -> None:
+    told = {"_FEDLOOM_COMPLETE": "complete_bash", "COMP_WORDS": "fedloom me", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from fedloom.cli.main import main; main()"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | told,
+    )
+    assert done.stdout.split() == ["methods"]
 
 
 def test_help_imports_nothing_heavy() -> None:

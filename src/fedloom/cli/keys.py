@@ -51,7 +51,7 @@ def sections() -> dict[str, Section]:
     top = {name: field for name, field in RunConfig.model_fields.items() if name not in models}
     found = {"": Section("", "Above all sections.", tuple(_keys(top)))}
     for name, model in models.items():
-        about = " ".join((model.__doc__ or "").partition("]")[2].lstrip(": ").split())
+        about = " ".join((model.__doc__ or "").split("\n\n")[0].partition("]")[2].lstrip(": ").split())
         found[name] = Section(name, about[:1].upper() + about[1:], tuple(_keys(model.model_fields)))
     return found
 

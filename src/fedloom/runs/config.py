@@ -288,6 +288,7 @@ class TrackSection(_Section):
     to: list[str] = []
     """Trackers by accelerate's names: tensorboard, wandb, mlflow, trackio, ...; their files are below RUN/track."""
     project: str = "fedloom"
+    """The project that trackers file the run under."""
     offline: bool = True
     """Nothing leaves this machine."""
     report: bool = False
