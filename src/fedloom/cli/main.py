@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from click import ClickException
 
-from fedloom.cli import flower, studies
+from fedloom.cli import flower, privacy, studies
 from fedloom.cli.show import err, finished, out, resumable, say
 from fedloom.errors import ConfigError, FedloomError
 
@@ -197,6 +197,8 @@ def verify(path: RunPath) -> None:
 
 app.command()(studies.compare)
 app.command()(studies.report)
+app.command()(privacy.plan)
+app.command()(privacy.audit)
 app.command()(flower.serve)
 app.command()(flower.node)
 

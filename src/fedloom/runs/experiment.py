@@ -22,6 +22,7 @@ from fedloom.flows import rehearse
 from fedloom.models import huggingface, peft
 from fedloom.rng import generator
 from fedloom.runs import private
+from fedloom.runs.canaries import Canaries
 from fedloom.runs.config import RunConfig
 from fedloom.runs.plan import Plan, plan
 from fedloom.runs.tables import Tables, tables
@@ -43,6 +44,7 @@ class Rows:
     config: RunConfig
     tables: Tables
     tokenizer: Any
+    canaries: Canaries | None = None
 
     def _encode(self, rows: Dataset) -> Encoded:
         task = self.config.task
@@ -53,7 +55,8 @@ class Rows:
 
     @cached_property
     def train(self) -> Encoded:
-        return self._encode(self.tables.train)
+        rows = self._encode(self.tables.train)
+        return rows if self.canaries is None else self.canaries.labelled(rows)
 
     @cached_property
     def eval(self) -> Encoded:
@@ -137,7 +140,8 @@ class Experiment:
         if client == "server":
             assert self.rows.proxy is not None
             return self.rows.proxy
-        return self.rows.train.select(self.partition[client])
+        rows, planted = self.partition[client], self.rows.canaries
+        return self.rows.train.select(rows if planted is None else [i for i in rows if i not in planted.left_out])
 
     @property
     def cohort(self) -> int:
