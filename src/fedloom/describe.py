@@ -114,6 +114,11 @@ def sum_obstacle(method: Method) -> str | None:
     return next((why for why in _watched(method).obstacles if why), None)
 
 
+def roles_up(method: Method) -> tuple[str, ...]:
+    """The roles that clients of a method send, as it was made."""
+    return tuple(_watched(method).up)
+
+
 # watching
 
 

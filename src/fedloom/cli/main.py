@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from click import ClickException
 
-from fedloom.cli import flower, studies
+from fedloom.cli import flower, privacy, studies
 from fedloom.cli.help import Command, Group
 from fedloom.cli.show import err, finished, out, resumable, say
 from fedloom.errors import ConfigError, FedloomError
@@ -242,6 +242,8 @@ def verify(path: RunPath) -> None:
 app.command(cls=Command)(studies.compare)
 app.command(cls=Command)(studies.report)
 app.command(cls=Command)(studies.recipes)
+app.command(cls=Command)(privacy.plan)
+app.command(cls=Command)(privacy.audit)
 app.command(cls=Command)(flower.serve)
 app.command(cls=Command)(flower.node)
 

@@ -17,7 +17,7 @@ from fedloom.privacy.example_level import Private
 from fedloom.privacy.keys import secret_file
 from fedloom.privacy.ledger import Entry, Ledger
 from fedloom.privacy.noise import digest
-from fedloom.runs import private
+from fedloom.runs import canaries, private
 from fedloom.runs.config import PrivacySection
 from fedloom.runs.experiment import Experiment
 from fedloom.state import State
@@ -87,8 +87,10 @@ class Budget:
 
 
 def opened(path: Path, e: Experiment) -> tuple[Budget | None, Experiment]:
-    """The budget of the run in a directory, and the experiment with that run's secret key for noise; as it is without one."""
+    """The budget of the run in a directory, and the experiment with that run's canaries and its secret key for noise."""
     section = e.config.privacy
+    if section is not None and section.canaries:
+        e = replace(e, rows=replace(e.rows, canaries=canaries.plant(path, e)))
     if section is None or section.unit is None:
         return None, e
     key = secret_file(path / "noise.key")

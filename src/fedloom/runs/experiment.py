@@ -25,6 +25,7 @@ from fedloom.models import huggingface, peft
 from fedloom.models.usable import row_length
 from fedloom.rng import generator
 from fedloom.runs import private
+from fedloom.runs.canaries import Canaries
 from fedloom.runs.config import RunConfig
 from fedloom.runs.given import GIVEN, Given
 from fedloom.runs.plan import Plan, plan
@@ -49,6 +50,7 @@ class Rows:
     tokenizer: Any
     max_length: int
     """Tokens of a row, prompt and answer."""
+    canaries: Canaries | None = None
 
     def _encode(self, rows: Dataset) -> Encoded:
         task, most = self.config.task, self.max_length
@@ -61,7 +63,8 @@ class Rows:
 
     @cached_property
     def train(self) -> Encoded:
-        return self._encode(self.tables.train)
+        rows = self._encode(self.tables.train)
+        return rows if self.canaries is None else self.canaries.labelled(rows)
 
     @cached_property
     def eval(self) -> Encoded:
@@ -149,7 +152,8 @@ class Experiment:
         if client == "server":
             assert self.rows.proxy is not None
             return self.rows.proxy
-        return self.rows.train.select(self.partition[client])
+        rows, planted = self.partition[client], self.rows.canaries
+        return self.rows.train.select(rows if planted is None else [i for i in rows if i not in planted.left_out])
 
     @property
     def cohort(self) -> int:

@@ -92,6 +92,11 @@ def check_method(config: RunConfig, method: Method) -> None:
             f"clients.max_norm is {config.clients.max_norm:g}, and under [privacy] no upload is looked at by itself: "
             "remove it, and clip at the client: privacy.unit = 'client', or [method] name = \"clip_updates\" over yours"
         )
+    if c.canaries and (config.task.kind != "classification" or config.engine.name != "inprocess"):
+        raise ConfigError(
+            "privacy.canaries get a random class, in the simulator: they need task.kind = 'classification' and engine.name = "
+            "'inprocess'; set canaries to 0"
+        )
     if c.unit == "example":
         _check_rows(config, method)
     if c.secure_aggregation:

@@ -68,6 +68,7 @@ class RowGradients:
 
     def __post_init__(self) -> None:
         self._starts: dict[str, bytes] = {}
+        self._masks: dict[int, Tensor] = {}
 
     def __call__(self, active: Sequence[Member], step: int) -> Tensor:
         """(K', P) of the active clients."""
@@ -106,6 +107,8 @@ class RowGradients:
 
     def _own(self, k: int) -> Tensor:
         """(P,): ones where client k has a number, zeros where it is padded to a larger one."""
+        if k in self._masks:
+            return self._masks[k]
         own = self.layout.own[k]
         ones: State = {}
         for (role, site), shape in own.items():
@@ -113,7 +116,8 @@ class RowGradients:
         whole: State = {}
         for (role, site), shape in self.layout.shapes.items():
             whole.setdefault(role, {})[site] = torch.ones(shape)
-        return flatten([ones, whole], self.flat.dtype, self.flat.device)[1][0]
+        self._masks[k] = flatten([ones, whole], self.flat.dtype, self.flat.device)[1][0]
+        return self._masks[k]
 
     def _start(self, m: Member) -> bytes:
         if m.client.id not in self._starts:
