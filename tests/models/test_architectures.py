@@ -23,11 +23,12 @@ from fedloom.models.huggingface import (
     check_sites,
     default_targets,
     find_sites,
+    head_group,
     head_modules,
     is_conv1d,
     load_base,
 )
-from fedloom.models.peft import head_group, whole_blocks, write_adapter
+from fedloom.models.peft import whole_blocks, write_adapter
 from fedloom.models.probe import probe
 from fedloom.state import State
 from fedloom.train.optim import Settings

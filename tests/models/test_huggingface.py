@@ -157,6 +157,16 @@ def test_a_trained_head_is_kept_where_it_fits(saved: Callable[[str], str], tiny:
     assert load_base(source, kind="regression", num_labels=1).model.classifier.weight.shape == (1, 32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_is_float32_whatever_the_base(saved: Callable[[str], str], tiny: Tiny, dtype: torch.dtype) -> None:
+    trained = tiny("bert").get_parameter("classifier.weight")
+    base = load_base(saved("bert"), kind="classification", num_labels=3, dtype=dtype)
+    assert torch.equal(base.head_weights["classifier.weight"], trained)
+    assert {x.dtype for x in base.model.parameters()} == {dtype}
+    new = load_base(saved("llama"), kind="classification", num_labels=5, dtype=dtype).head_weights["score.weight"]
+    assert new.dtype == torch.float32 and not torch.equal(new, new.bfloat16().float())
+
+
 def test_a_base_with_random_layers_is_refused(saved: Callable[[str], str]) -> None:
     with pytest.raises(ModelError, match=r"cannot be used as a causal LM: its files lack \d+ parameters"):
         load_base(saved("bert"), kind="causal-lm")

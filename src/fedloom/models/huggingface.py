@@ -15,12 +15,12 @@ from torch import nn
 from fedloom.data import hub, packaged
 from fedloom.data.batches import Kind as Kind
 from fedloom.errors import ConfigError, ModelError, nearest
+from fedloom.models import weights
 from fedloom.models.families import family_of, model_type
 from fedloom.models.probe import probe
 from fedloom.models.usable import check_usable
-from fedloom.models.weights import weight_files, weights_sha256
 from fedloom.rng import generator, seed_of
-from fedloom.state import Sites
+from fedloom.state import Group, Sites
 
 _STATE_SPACE = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
 """Architectures of which PEFT refuses `out_proj`: fused kernels read its weight past the layer."""
@@ -40,6 +40,8 @@ class Base:
     """transformers' `model_type`: bert, roberta, llama, gpt2, ..."""
     sha256: str
     """Hash of the weight files."""
+    head_weights: Group
+    """The head's parameters by full name, (out, in) and (out,), float32 on the CPU."""
 
 
 def load_base(
@@ -48,14 +50,16 @@ def load_base(
     kind: Kind,
     num_labels: int = 1,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
     seed: int = 0,
     attention: str | None = None,
 ) -> Base:
     """Load a packaged name, a local directory or a hub id for a task, frozen and in eval mode, with a padding token.
 
-    A new task head is drawn from `seed` alone; torch's global generator is left as it was. `attention` is transformers'
-    `attn_implementation`. Raises ModelError if there is no such model or it does not fit the task, HubError if it is
-    only on a hub that cannot be reached.
+    Weights are read in `dtype` straight to `device`: of a file of that dtype there is one copy in memory, on a CPU the file's
+    own pages. The head is float32 in `Base.head_weights` all the same. A new one is drawn from `seed` alone; torch's global
+    generator is left as it was. `attention` is transformers' `attn_implementation`. Raises ModelError if there is no such
+    model or it does not fit the task, HubError if it is only on a hub that cannot be reached.
     """
     source = resolve(name)
     known = packaged.MODELS
@@ -76,19 +80,26 @@ def load_base(
             loader = transformers.AutoModelForSequenceClassification
             problem = "regression" if kind == "regression" else "single_label_classification"
             options |= {"num_labels": num_labels, "problem_type": problem, "ignore_mismatched_sizes": True}
+        if torch.device(device).type != "cpu":
+            options["device_map"] = {"": str(device)}
         if attention is not None:
             options["attn_implementation"] = attention
         if local:
-            weight_files(Path(source))  # of a hub id they are not here yet
+            weights.weight_files(Path(source))  # of a hub id they are not here yet
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source)
         loaded: Any = loader.from_pretrained(source, **options)
         model, info = loaded
-        digest = packaged.weights_sha256(name) if name in known and local else weights_sha256(_directory(source))
+        digest = packaged.weights_sha256(name) if name in known and local else weights.sha256(_directory(source))
+        directory = _directory(source)
     check_usable(name, model, tokenizer)
-    head = tuple(head_modules(model))
+    head = head_modules(model)
+    for module in head:  # trained in float32, whatever the base's dtype
+        model.get_submodule(module).float()
+    if head and dtype != torch.float32:
+        _restore_head(model, head, directory)
     fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     _draw(model, fresh, head, seed, name, kind)
-    return _frozen(model, tokenizer, source, digest)
+    return _frozen(model, tokenizer, source, digest, dtype)
 
 
 def adopt(model: nn.Module, tokenizer: Any, *, kind: Kind, num_labels: int = 1) -> Base:
@@ -115,17 +126,39 @@ def adopt(model: nn.Module, tokenizer: Any, *, kind: Kind, num_labels: int = 1) 
     for name, x in sorted(model.state_dict().items()):
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
         digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return _frozen(model, tokenizer, str(config.name_or_path or type(model).__name__), digest.hexdigest())
+    name = str(config.name_or_path or type(model).__name__)
+    return _frozen(model, tokenizer, name, digest.hexdigest(), next(model.parameters()).dtype)
 
 
-def _frozen(model: Any, tokenizer: Any, source: str, digest: str) -> Base:
+def _frozen(model: Any, tokenizer: Any, source: str, digest: str, dtype: torch.dtype) -> Base:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.requires_grad_(False).eval()
-    return Base(model, tokenizer, source, tuple(head_modules(model)), str(model.config.model_type), digest)
+    head = head_group(model)
+    for module in head_modules(model):
+        model.get_submodule(module).to(dtype)
+    return Base(model, tokenizer, source, tuple(head_modules(model)), str(model.config.model_type), digest, head)
+
+
+def _restore_head(model: nn.Module, head: Sequence[str], directory: Path) -> None:
+    """Give a head that the checkpoint has the values that were rounded when it was read."""
+    parameters = {
+        f"{module}.{leaf}": x for module in head for leaf, x in model.get_submodule(module).named_parameters()
+    }
+    with torch.no_grad():
+        for name, x in weights.read(directory, parameters).items():
+            if x.shape == parameters[name].shape:
+                parameters[name].copy_(x)
+
+
+def head_group(model: nn.Module) -> Group:
+    """The parameters of the task head by full name, float32 copies on the CPU: what role `head` starts from."""
+    named = dict(model.named_parameters())
+    names = [f"{module}.{leaf}" for module in head_modules(model) for leaf in ("weight", "bias")]
+    return {name: named[name].detach().float().cpu().clone() for name in names if name in named}
 
 
 def resolve(name: str) -> str:

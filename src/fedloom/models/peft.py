@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedloom import lora
 from fedloom.errors import ModelError
-from fedloom.models.huggingface import Kind, head_modules, is_conv1d, quiet
+from fedloom.models.huggingface import Kind, is_conv1d, quiet
 from fedloom.state import Group, State
 
 CONFIG = "adapter_config.json"
@@ -173,14 +173,6 @@ def merge(
                 tokenizer.save_pretrained(str(dest))
     finally:
         model.config.id2label, model.config.label2id = before
-
-
-def head_group(model: nn.Module) -> Group:
-    """The parameters of the task head by full name, float32 copies on the CPU: what role `head` starts from."""
-    modules = head_modules(model)
-    named = dict(model.named_parameters())
-    names = [f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")]
-    return {name: named[name].detach().float().cpu().clone() for name in names if name in named}
 
 
 def whole_blocks(model: nn.Module, head: Group) -> Group:

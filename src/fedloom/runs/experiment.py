@@ -21,7 +21,7 @@ from fedloom.data.metrics import NEEDS_TEXT
 from fedloom.data.tokenize import Encoded, encode_causal, encode_labelled
 from fedloom.errors import ConfigError, ModelError
 from fedloom.flows import rehearse
-from fedloom.models import huggingface, peft
+from fedloom.models import huggingface
 from fedloom.models.usable import row_length
 from fedloom.rng import generator
 from fedloom.runs import private
@@ -30,7 +30,7 @@ from fedloom.runs.config import RunConfig
 from fedloom.runs.given import GIVEN, Given
 from fedloom.runs.plan import Plan, plan
 from fedloom.runs.tables import Tables, tables
-from fedloom.state import Group, Sites, State
+from fedloom.state import Sites, State
 from fedloom.train.optim import Settings
 from fedloom.train.trainer import Trainer
 
@@ -198,6 +198,7 @@ def experiment(
     planned = plan(config) if isinstance(config, RunConfig) else config
     c = planned.config
     device = device_of(c)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(c.model.dtype) or huggingface.auto_dtype(device)
     on_status("reading the data")
     given = given or Given()
     table = table or tables(c, given)
@@ -210,7 +211,9 @@ def experiment(
         )
     if base is None and given.model is not None:
         base = huggingface.adopt(given.model, given.tokenizer, kind=c.task.kind, num_labels=labels)
-    base = base or huggingface.load_base(c.model.name, kind=c.task.kind, num_labels=labels, seed=c.seed)
+    base = base or huggingface.load_base(
+        c.model.name, kind=c.task.kind, num_labels=labels, dtype=dtype, device=device, seed=c.seed
+    )
     clients = planned.clients(parts)
     if only_client is None:
         private.check_clients(c, clients)
@@ -218,9 +221,8 @@ def experiment(
     sites = huggingface.find_sites(base.model, targets)
     together = huggingface.check_sites(base.model, sites)
     huggingface.check_rank(sites, planned.method.rank)
-    head: Group | None = peft.head_group(base.model)
+    head = dict(base.head_weights)
     transposed = any(huggingface.is_conv1d(base.model.get_submodule(site)) for site in sites)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(c.model.dtype) or huggingface.auto_dtype(device)
     return Experiment(
         plan=planned,
         tables=table,
