@@ -9,6 +9,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,8 @@ import torch
 from fedloom.data import packaged
 
 torch.set_num_threads(1)
+# More of each property test: pytest --hypothesis-profile long
+hypothesis.settings.register_profile("long", max_examples=5000)
 
 WORDS = [
     "how",

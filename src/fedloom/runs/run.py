@@ -62,6 +62,9 @@ class Observer:
     def doing(self, what: str) -> None:
         """What happens next, in a few words."""
 
+    def warning(self, what: str) -> None:
+        """What a person must know before it happens."""
+
 
 def start(
     config: RunConfig, out: Path | None = None, observer: Observer | None = None, transport: Transport | None = None
@@ -185,7 +188,7 @@ def _go(
         torch.set_num_threads(threads)
     here = transport is None and e.config.engine.name == "inprocess"
     reached = nullcontext(transport) if here or transport is not None else None
-    with reached or flower_server.connected(run, e, observer.doing) as link:
+    with reached or flower_server.connected(run, e, observer.doing, observer.warning) as link:
         return _Run(run, e, observer, client_states, link, accepted).go(t, state, done)
 
 
