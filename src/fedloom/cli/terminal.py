@@ -66,6 +66,9 @@ class Terminal(Observer):
         grid.add_row(spinner)
         self.live.update(grid)
 
+    def warning(self, what: str) -> None:
+        self.console.print(f"warning: {what}", style="yellow", soft_wrap=self.live is None)
+
     def assembled(self, experiment: Experiment) -> None:
         c, method, parts = experiment.config, experiment.method, experiment
         trained = parts.parameters[0]

@@ -62,6 +62,9 @@ class Observer:
     def doing(self, what: str) -> None:
         """What happens next, in a few words."""
 
+    def warning(self, what: str) -> None:
+        """What a person must know before it happens."""
+
 
 def start(
     config: RunConfig,
@@ -194,7 +197,7 @@ def _go(
         torch.set_num_threads(threads)
     here = transport is None and e.config.engine.name == "inprocess"
     reached = nullcontext(transport) if here or transport is not None else None
-    link = reached or flower_server.connected(run, e, observer.doing)
+    link = reached or flower_server.connected(run, e, observer.doing, observer.warning)
     with link as transport, track.tracked(run.path, e.config) as trackers:
         return _Run(run, e, observer, client_states, transport, accepted, trackers).go(t, state, done)
 
