@@ -95,14 +95,16 @@ def test_a_target_without_a_layer_lists_the_layers(tiny: Tiny) -> None:
         find_sites(tiny("bert"), [])
 
 
-def test_an_unknown_architecture_lists_its_layers() -> None:
+def test_an_unknown_architecture_is_adapted_wherever_it_can_be() -> None:
     class Other(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.mixer = nn.Linear(2, 3)
+            self.embed, self.mixer, self.idle = nn.Embedding(2, 2), nn.Linear(2, 3), nn.Linear(2, 3)
 
-    with pytest.raises(ModelError, match=r"'Other' model; set targets .* mixer"):
-        default_targets(Other())
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.mixer(self.embed(input_ids))
+
+    assert default_targets(Other()) == ["mixer"]
     assert find_sites(Other(), ["mixer"]) == {"mixer": (3, 2)}
 
 

@@ -39,7 +39,8 @@ def _quiet() -> None:
 @app.command(cls=Command)
 def run(
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE.toml]", help="A run file; without one, the packaged quickstart.")
+        Path | None,
+        typer.Argument(metavar="[FILE.toml]", help="A run file, or recipe:NAME (default: the quickstart)."),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -48,6 +49,7 @@ def run(
     out_: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="The run directory to make (default: below runs/).")
     ] = None,
+    stand_in: studies.StandIn = False,
 ) -> None:
     """Train: from a run file to a PEFT adapter.
 
@@ -59,7 +61,10 @@ def run(
     from fedloom.runs import run as runs
 
     quickstart = Path(__file__).parent.parent / "quickstart.toml"
-    settings = config.load(file if file is not None else quickstart, set_ or [])
+    file_or_quickstart = file if file is not None else quickstart
+    values = studies.recipe_values(file_or_quickstart, stand_in)
+    values = values if values is not None else config.read_toml(file_or_quickstart)
+    settings = config.parse(config.override(values, set_ or []), str(file_or_quickstart))
     path = out_ if out_ is not None else runs.free_name(settings)
     with resumable(path), Terminal(out) as terminal:
         result = runs.start(settings, path, terminal)
@@ -236,6 +241,7 @@ def verify(path: RunPath) -> None:
 
 app.command(cls=Command)(studies.compare)
 app.command(cls=Command)(studies.report)
+app.command(cls=Command)(studies.recipes)
 app.command(cls=Command)(flower.serve)
 app.command(cls=Command)(flower.node)
 

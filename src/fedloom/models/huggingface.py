@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,14 @@ from fedloom.data import hub, packaged
 from fedloom.data.batches import Kind as Kind
 from fedloom.errors import ConfigError, ModelError, nearest
 from fedloom.models.families import family_of, model_type
+from fedloom.models.probe import probe
 from fedloom.models.usable import check_usable
 from fedloom.models.weights import weight_files, weights_sha256
 from fedloom.rng import generator, seed_of
 from fedloom.state import Sites
+
+_STATE_SPACE = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
+"""Architectures of which PEFT refuses `out_proj`: fused kernels read its weight past the layer."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ def load_base(
         import transformers
 
         torch.manual_seed(seed_of(seed, "load"))
+        _check_architecture(transformers.AutoConfig.from_pretrained(source), name, kind)
         loader: Any = transformers.AutoModelForCausalLM
         options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
         if kind != "causal-lm":
@@ -82,13 +88,44 @@ def load_base(
     head = tuple(head_modules(model))
     fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     _draw(model, fresh, head, seed, name, kind)
+    return _frozen(model, tokenizer, source, digest)
+
+
+def adopt(model: nn.Module, tokenizer: Any, *, kind: Kind, num_labels: int = 1) -> Base:
+    """A model of transformers that the caller has made, as a base: taken over, frozen and in eval mode.
+
+    Raises ModelError if it is of another kind, or has another number of labels.
+    """
+    config: Any = getattr(model, "config", None)
+    wanted = "ForCausalLM" if kind == "causal-lm" else "ForSequenceClassification"
+    written = callable(getattr(model, "generate", None)) and not head_modules(model)
+    if config is None or not (written if kind == "causal-lm" else type(model).__name__.endswith(wanted)):
+        raise ModelError(
+            f"got a {type(model).__name__} for task.kind = {kind!r}, expected one of AutoModel{wanted}: token classification "
+            "and models that write one sequence from another are left aside"
+        )
+    if tokenizer is None:
+        raise ModelError("got a model without its tokenizer, expected both: fedloom.run(..., model=..., tokenizer=...)")
+    if kind != "causal-lm" and config.num_labels != num_labels:
+        raise ModelError(
+            f"the model has num_labels = {config.num_labels}, and the data {num_labels}: load it with num_labels={num_labels}"
+        )
+    _check_architecture(config, type(model).__name__, kind)
+    digest = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return _frozen(model, tokenizer, str(config.name_or_path or type(model).__name__), digest.hexdigest())
+
+
+def _frozen(model: Any, tokenizer: Any, source: str, digest: str) -> Base:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.requires_grad_(False).eval()
-    return Base(model, tokenizer, source, head, str(model.config.model_type), digest)
+    return Base(model, tokenizer, source, tuple(head_modules(model)), str(model.config.model_type), digest)
 
 
 def resolve(name: str) -> str:
@@ -148,17 +185,48 @@ def head_modules(model: nn.Module) -> list[str]:
 
 
 def default_targets(model: nn.Module) -> list[str]:
-    """The layers that LoRA adapts in this architecture, as name endings.
-
-    Raises ModelError for an architecture that fedloom has no default for.
-    """
+    """The layers that LoRA adapts in this architecture, as name endings: those of its record, else every layer that can be."""
     family = family_of(model)
-    if family is None:
+    known = () if family is None else family.targets
+    layers = [name for name, _ in _layers(model)]
+    return [x for x in known if any(_matches(name, x) for name in layers)] or all_linear(model)
+
+
+def all_linear(model: nn.Module) -> list[str]:
+    """Every linear layer that can carry an adapter, the task head and the output embedding apart: name endings where all layers
+    of one name can, else whole names.
+
+    Raises ModelError if there is none.
+    """
+    layers = [name for name, _ in _layers(model)]
+    refused = probe(model, layers).obstacles.keys() | {name for name in layers if _peft_refuses(model, name)}
+    if not layers or refused == set(layers):
         raise ModelError(
-            f"fedloom has no default layers to adapt in a {model_type(model)!r} model; set targets in [lora] to some of: "
-            f"{', '.join(_endings(model))}"
+            f"a {model_type(model)!r} model has no linear layer that can carry an adapter: choose another model"
         )
-    return list(family.targets)
+    spoilt = {_ending(name) for name in refused}
+    return sorted({name if _ending(name) in spoilt else _ending(name) for name in layers if name not in refused})
+
+
+def check_sites(model: nn.Module, sites: Iterable[str]) -> bool:
+    """Whether clients can train together, each with adapters at these layers.
+
+    Raises ModelError for a layer that can carry none. Only architectures whose layers are not known to are asked.
+    """
+    names = list(sites)
+    for name in names:
+        if _peft_refuses(model, name):
+            raise ModelError(
+                f"layer {name!r} of this {type(model).__name__} can carry no adapter, in PEFT neither: its weight is read past "
+                "the layer; take it out of targets in [lora]"
+            )
+    family = family_of(model)
+    if family is not None and family.packs:
+        return True
+    found = probe(model, names)
+    for name, why in found.obstacles.items():
+        raise ModelError(f"layer {name!r} of this {type(model).__name__} {why}: take it out of targets in [lora]")
+    return not found.alone
 
 
 def find_sites(model: nn.Module, targets: Iterable[str]) -> Sites:
@@ -171,7 +239,7 @@ def find_sites(model: nn.Module, targets: Iterable[str]) -> Sites:
     sites: Sites = {}
     wanted = [targets] if isinstance(targets, str) else list(targets)
     for target in wanted:
-        found = {name: size for name, size in layers.items() if name == target or name.endswith(f".{target}")}
+        found = {name: size for name, size in layers.items() if _matches(name, target)}
         if not found:
             endings = _endings(model)
             raise ModelError(
@@ -230,6 +298,23 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _check_architecture(config: Any, name: str, kind: Kind) -> None:
+    """Refuse, before any weights are read, what has no head for the task or reads a sequence to write another."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"model {name!r} is an encoder-decoder ({config.model_type}), which fedloom does not train: choose a decoder such "
+            "as a Llama for causal-lm, or an encoder such as RoBERTa for classification"
+        )
+    loader: Any = AutoModelForCausalLM if kind == "causal-lm" else AutoModelForSequenceClassification
+    if type(config) not in loader._model_mapping and not getattr(config, "auto_map", None):
+        raise ModelError(
+            f"model {name!r} ({config.model_type}) cannot be used for {kind}: transformers has no "
+            f"{loader.__name__} of it; choose another model, or another kind in [task]"
+        )
+
+
 def _draw(model: nn.Module, fresh: set[str], head: Sequence[str], seed: int, name: str, kind: Kind) -> None:
     """Draw the parameters that the checkpoint does not have, in float32, each from the seed and its own name.
 
@@ -269,8 +354,22 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
             yield name, (int(m), int(n))
 
 
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _ending(name: str) -> str:
+    """The last word of a layer's name; with the one before it where it is a number, which other modules end in too."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+
+
 def _endings(model: nn.Module) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name, _ in _layers(model)})
+    return sorted({_ending(name) for name, _ in _layers(model)})
+
+
+def _peft_refuses(model: nn.Module, name: str) -> bool:
+    return model_type(model) in _STATE_SPACE and _ending(name) == "out_proj"
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -183,6 +183,13 @@ def head_group(model: nn.Module) -> Group:
     return {name: named[name].detach().float().cpu().clone() for name in names if name in named}
 
 
+def whole_blocks(model: nn.Module, head: Group) -> Group:
+    """The head with all else that its modules hold, such as a LayerNorm: PEFT saves and reads whole modules."""
+    names = {name.partition(".")[0] for name in head}
+    rest = {f"{name}.{leaf}": x for name in names for leaf, x in model.get_submodule(name).state_dict().items()}
+    return {name: x.detach().float().cpu() for name, x in rest.items()} | head
+
+
 def _check(A: Group, B: Group) -> None:
     if not A or A.keys() != B.keys():
         odd = sorted(A.keys() ^ B.keys())[:3]

@@ -8,6 +8,7 @@ The server adds the noise, and is trusted; whoever sees the models afterwards ne
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
@@ -41,6 +42,9 @@ class ClientLevel(Over):
         super().__post_init__()
         need_mean(self)
         need_trained(self, "a clipped change")
+        # Records call it what it is over: it is no method of its own.
+        object.__setattr__(self, "name", self.over.name)
+        object.__setattr__(self, "paper", self.over.paper)
 
     def check(self, client: Client) -> None:
         super().check(client)
@@ -75,6 +79,9 @@ class ClientLevel(Over):
         norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
         if norm <= self.clip:
             return sent
+        if not math.isfinite(norm):
+            # As if it had not trained: who leaves the round because of its rows would tell of them.
+            return {r: {s: received[r][s] for s in group} for r, group in sent.items()}
         share = self.clip / norm
         return {r: {s: x - (1 - share) * change[r][s] for s, x in group.items()} for r, group in sent.items()}
 

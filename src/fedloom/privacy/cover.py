@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fedloom.core import Client, Exchange, Method, State, Visit
@@ -10,7 +12,7 @@ from fedloom.spec import zeros
 from fedloom.state import Sites
 
 
-def covered(method: Method, x: Exchange[object], client: Client, t: int, sites: Sites) -> State:
+def covered(method: Method, x: Exchange[Any], client: Client, t: int, sites: Sites) -> State:
     """Ones where the client's upload has a part in the sum, zeros elsewhere."""
     received = x.send(client)
     # Random numbers above zero: no sum of them vanishes, whatever `spread` adds up.

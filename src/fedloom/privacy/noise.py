@@ -26,7 +26,8 @@ def uniforms(key: bytes, count: int, *context: str | int | bytes) -> Tensor:
 
 def normals(key: bytes, count: int, *context: str | int | bytes) -> Tensor:
     """(count,) float64 standard normals."""
-    return torch.special.ndtri(uniforms(key, count, *context))
+    made: Tensor = torch.special.ndtri(uniforms(key, count, *context))
+    return made
 
 
 def noised(x: Tensor, std: float, key: bytes, *context: str | int | bytes) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from fedloom import toml
 from fedloom.errors import ConfigError
@@ -58,6 +58,8 @@ class TaskSection(_Section):
     """causal-lm: the column of prompts."""
     response: str = "response"
     """causal-lm: the column of responses; the loss counts them alone."""
+    messages: str | None = None
+    """Instead of prompt and response, for a causal LM: a column of conversations, lists of {"role", "content"}."""
     template: str = "plain"
     """Around the prompt: "plain", "question", "alpaca", "chat", or a text with {prompt} in it."""
     max_length: int = Field(128, ge=2, le=1_000_000)
@@ -73,6 +75,13 @@ class TaskSection(_Section):
     max_new_tokens: int = Field(32, ge=1, le=100_000)
     """For metrics of a causal LM that need an answer (exact_match, rouge_l)."""
 
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _left_aside(cls, kind: Any) -> Any:
+        if kind in ("token-classification", "seq2seq", "seq2seq-lm", "question-answering", "masked-lm"):
+            raise ValueError(f"{kind} is left aside: expected classification or regression of whole rows, or causal-lm")
+        return kind
+
 
 class LoraSection(_Section):
     """[lora]: the adapter."""
@@ -81,8 +90,8 @@ class LoraSection(_Section):
     """Rank r of the server's A (r, in) and B (out, r)."""
     alpha: float = Field(16.0, gt=0, le=1e6)
     """The product B A is multiplied by alpha / rank."""
-    targets: Literal["auto"] | list[str] = "auto"
-    """Name endings of the layers to adapt. `auto`: those of the LoRA papers, by architecture."""
+    targets: Literal["auto", "all-linear"] | list[str] = "auto"
+    """Endings of layers' names; `auto`: those of the architecture's papers or of PEFT, else every linear layer."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead."""
     dropout: float = Field(0.0, ge=0, lt=1)

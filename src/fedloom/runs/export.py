@@ -74,7 +74,7 @@ def write(e: Experiment, work: Work, path: Path) -> None:
             targets=e.targets,
             base_name=e.base.path_or_id,
             kind=e.config.task.kind,
-            head=head,
+            head=peft.whole_blocks(e.base.model, head) if head else None,
             fan_in_fan_out=e.transposed,
         ),
     )

@@ -43,7 +43,7 @@ def plan(config: RunConfig) -> Plan:
     lora = {"rank": config.lora.rank, "alpha": config.lora.alpha, "rslora": config.lora.rslora}
     table = config.method.model_dump()
     with _own_methods(table):
-        method = methods.build(table, lora)
+        method = private.around(config, methods.build(table, lora))
     budgets = {name: _budget(config, name, method) for name in BUDGETS}
     made = Plan(config, method, budgets)
     metrics.check(config.task.metrics or [], config.task.kind)

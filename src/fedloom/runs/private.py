@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from fedloom.client import Client
 from fedloom.core import Method
 from fedloom.data.tokenize import Encoded
 from fedloom.errors import ConfigError
+from fedloom.loop import Limits
 from fedloom.runs.config import RunConfig
 from fedloom.simulation import Simulation
 
@@ -21,12 +23,77 @@ def need_installed(package: str) -> None:
         raise ConfigError(f"[privacy] needs {package}, which is not installed: pip install 'fedloom[privacy]'")
 
 
+def around(config: RunConfig, method: Method) -> Method:
+    """The method with what [privacy] puts over it. Raises ConfigError if it cannot go there."""
+    c = config.privacy
+    if c is None or not (c.secure_aggregation or c.unit):
+        return method
+    need_installed("cryptography")
+    if c.unit != "client":
+        return method
+    from fedloom.privacy.client_level import ClientLevel
+
+    return ClientLevel(over=method, clip=c.clip, noise_multiplier=noise_multiplier(config, ()))
+
+
+def noise_multiplier(config: RunConfig, clients: Sequence[Client]) -> float:
+    """The noise of [privacy]: what it says, or what keeps all rounds to its target. Rows are protected at every client."""
+    from fedloom.privacy.accountant import Release, epsilon
+    from fedloom.privacy.accountant import noise_multiplier as calibrated
+
+    c, rounds = config.privacy, max(1, config.train.rounds)
+    assert c is not None
+    if c.noise_multiplier is not None:
+        return c.noise_multiplier
+    assert c.target_epsilon is not None
+    if c.unit == "client":
+        return calibrated(c.target_epsilon, c.delta, rounds)
+    found = 0.0
+    for steps, rate in sorted({steps_and_rate(config, client) for client in clients}, key=lambda x: -x[0] * x[1] ** 2):
+        if not found or epsilon([Release(found, steps * rounds, rate)], c.delta) > c.target_epsilon:
+            found = calibrated(c.target_epsilon, c.delta, steps * rounds, rate)
+    return found
+
+
+def steps_and_rate(config: RunConfig, client: Client) -> tuple[int, float]:
+    """(steps of a client in a round, probability of a row to be in one)."""
+    from fedloom.privacy.example_level import sampling_rate
+
+    train = config.train
+    epoch = math.ceil(client.examples / train.batch_size)
+    steps = train.local_steps or epoch * (train.local_epochs or 1)
+    return steps, sampling_rate(client.examples, train.batch_size)
+
+
+def _check_rows(config: RunConfig, method: Method) -> None:
+    """Raise ConfigError for what has no gradient for each row."""
+    need_installed("dp_accounting")
+    if config.engine.name != "inprocess":
+        raise ConfigError(
+            f"privacy.unit = 'example' is not built for engine.name = {config.engine.name!r} yet: set it to 'inprocess'"
+        )
+    for name, value in (("lora.dropout", config.lora.dropout), ("train.base_dropout", config.train.base_dropout)):
+        if value:
+            raise ConfigError(f"privacy.unit = 'example' has no dropout, got {name} = {value}: remove it")
+    if method.needs_proxy_data:
+        raise ConfigError(
+            f"privacy.unit = 'example' has noise in every step, and {method.name} trains on the server's own rows too: "
+            "choose another method"
+        )
+
+
 def check_method(config: RunConfig, method: Method) -> None:
     """Raise ConfigError if [privacy] cannot be kept with this method or engine."""
     c = config.privacy
     if c is None:
         return
-    need_installed("cryptography")
+    if config.clients.max_norm is not None and (c.secure_aggregation or c.unit):
+        raise ConfigError(
+            f"clients.max_norm is {config.clients.max_norm:g}, and under [privacy] no upload is looked at by itself: "
+            "remove it, and clip at the client: privacy.unit = 'client', or [method] name = \"clip_updates\" over yours"
+        )
+    if c.unit == "example":
+        _check_rows(config, method)
     if c.secure_aggregation:
         _check_sums(config, method)
 
@@ -48,6 +115,17 @@ def _check_sums(config: RunConfig, method: Method) -> None:
 def check_clients(config: RunConfig, clients: Sequence[Client]) -> None:
     """Raise ConfigError if [privacy] cannot be kept with these clients."""
     c = config.privacy
+    if c is not None and c.unit is not None:
+        n, what = (
+            (len(clients), "clients")
+            if c.unit == "client"
+            else min((client.examples, f"rows of client {client.id!r}") for client in clients)
+        )
+        if c.delta > 1 / n:
+            raise ConfigError(
+                f"privacy.delta is {c.delta:g}, above 1 / {n} ({n} {what}): such a promise holds where one of them is "
+                f"published whole. Set it below {1 / n:.2g}, far below if you can"
+            )
     if c is not None and c.secure_aggregation:
         asked = max(1, round(config.clients.fraction * len(clients)))
         if asked < c.min_clients:
@@ -73,3 +151,11 @@ def engine(config: RunConfig) -> Callable[..., Simulation[Encoded]]:
         return made
 
     return secure
+
+
+def limits(config: RunConfig) -> Limits:
+    """What uploads must keep to. Under [privacy] none is held against the others: it cannot be seen, or would tell of them."""
+    c = config.clients
+    if config.privacy is None or not (config.privacy.secure_aggregation or config.privacy.unit):
+        return Limits(c.max_norm, c.max_ratio, config.engine.quorum)
+    return Limits(None, None, config.engine.quorum)

@@ -34,6 +34,7 @@ def line(
     train_s: float = 0.0,
     network: Mapping[str, Any] | None = None,
     engine: Mapping[str, Any] | None = None,
+    privacy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The line of a round, or of the personal phase after the last one. Numbers that are not finite are written as null."""
     evaluated = 0.0 if scores is None else scores.seconds
@@ -65,6 +66,8 @@ def line(
         made["network"] = dict(network)
     if engine:
         made["engine"] = dict(engine)
+    if privacy is not None:
+        made["privacy"] = dict(privacy)
     strict: dict[str, Any] = _strict(made)
     return strict
 

@@ -19,11 +19,12 @@ from fedloom.data import partition
 from fedloom.engine import Engine, Job, Total
 from fedloom.errors import RunError
 from fedloom.flower.transport import Transport
-from fedloom.loop import Limits, Record, federate, in_order
-from fedloom.runs import evaluate, export, flower_server, private, radio_cost, track
+from fedloom.loop import Record, federate, in_order
+from fedloom.runs import budget, evaluate, export, flower_server, private, radio_cost, track
 from fedloom.runs.config import RunConfig
 from fedloom.runs.contradictions import refuse_contradictions, refuse_too_many
 from fedloom.runs.experiment import Experiment, experiment
+from fedloom.runs.given import Given
 from fedloom.runs.plan import absolute, plan
 from fedloom.runs.record import Scores, line
 from fedloom.runs.run_directory import RunDirectory, digest_file, digest_files
@@ -63,7 +64,11 @@ class Observer:
 
 
 def start(
-    config: RunConfig, out: Path | None = None, observer: Observer | None = None, transport: Transport | None = None
+    config: RunConfig,
+    out: Path | None = None,
+    observer: Observer | None = None,
+    transport: Transport | None = None,
+    given: Given | None = None,
 ) -> Result:
     """Run a configuration in a new directory (by default the next free one below `runs/`).
 
@@ -75,20 +80,20 @@ def start(
     RunDirectory.require_free(path)
     track.check(config.track)
     # Whatever is wrong with method, data or model is told before anything is written.
-    e = _prepared(config, observer, transport)
+    e = _prepared(config, observer, transport, given)
     run = RunDirectory.create(path, config)
     with run.held():
         return _go(run, e, observer, transport, [])
 
 
-def _prepared(config: RunConfig, observer: Observer, transport: Transport | None) -> Experiment:
+def _prepared(config: RunConfig, observer: Observer, transport: Transport | None, given: Given | None) -> Experiment:
     """The experiment, with all checked that can be before the first round."""
     planned = plan(config)
     here = transport is None and config.engine.name == "inprocess"
     refuse_contradictions(planned, here=here)
     if not here and transport is None:
         flower_server.check_startable(config)
-    e = experiment(planned, observer.doing)
+    e = experiment(planned, observer.doing, given=given)
     refuse_too_many(config, len(e.clients))
     e.rows.encode()
     if config.network is not None and transport is None and config.engine.superlink is None:
@@ -103,6 +108,7 @@ def resume(
     *,
     accept_changes: bool = False,
     back_to: int | None = None,
+    given: Given | None = None,
 ) -> Result:
     """Go on with a run from its newest checkpoint: it ends with the same adapter bytes as if it had never stopped.
 
@@ -120,7 +126,7 @@ def resume(
             for record in records:
                 observer.round(record)
             return Result(run.path, records)
-        e = experiment(run.config(), observer.doing)
+        e = experiment(run.config(), observer.doing, given=given)
         accepted = list(started.get("accepted_changes", []))
         if changed := _changes(run, started, e):
             if not accept_changes:
@@ -207,6 +213,7 @@ class _Run:
         trackers: list[Any],
     ) -> None:
         self.run, self.observer, self._accepted, self.trackers = run, observer, accepted, trackers
+        self.budget, e = budget.opened(run.path, e)
         here = private.engine(e.config)(
             e.trainer,
             e.sites,
@@ -240,6 +247,10 @@ class _Run:
         self.observer.assembled(e)
         for record in records:
             self._tell(record)
+        if self.budget is not None and not done:
+            self.rounds = self.budget.last_round(max(t, 0), self.rounds)
+            if self.rounds < c.train.rounds:
+                self.observer.doing(f"the privacy budget ends the run after round {self.rounds} of {c.train.rounds}")
         if done:  # but for its adapters, which are missing or damaged
             return self._finish(state)
         if t < 0:
@@ -255,8 +266,8 @@ class _Run:
             e.clients,
             self.rounds,
             start=t + 1,
-            sample=flower_server.sampler(e),
-            limits=Limits(c.clients.max_norm, c.clients.max_ratio, c.engine.quorum),
+            sample=e.given.sampler or flower_server.sampler(e),
+            limits=private.limits(c),
             recent_steps=[r["report"]["step_norm"] for r in records if "step_norm" in r.get("report", {})],
             on_round=self._after,
         )
@@ -301,7 +312,8 @@ class _Run:
         train_s = stats.pop("train_s")
         network = radio_cost.cost(self.radio, record) if self.radio is not None and record.stage == "clients" else None
         engine = stats if record.t > 0 else None
-        made = line(record, state, scores=scores, train_s=train_s, network=network, engine=engine)
+        spent = self.budget.spend(record, state) if self.budget is not None else None
+        made = line(record, state, scores=scores, train_s=train_s, network=network, engine=engine, privacy=spent)
         self.run.append(made)
         self._tell(made)
 
@@ -379,5 +391,5 @@ def versions() -> dict[str, str]:
     """Of Python and the libraries that a result depends on."""
     from importlib.metadata import version
 
-    packages = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "flwr-datasets")
+    packages = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}

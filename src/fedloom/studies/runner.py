@@ -57,6 +57,7 @@ def _compare(study: Study, out: Path, jobs: int, progress: Progress) -> dict[str
     _run(planned.tuning_cells(study), out, clock, [cell.label for cell in scored], failed, progress)
     chosen, tried = choose(study, out)
     every = planned.cells(study, chosen)
+    index(study, out, every, tried, failed)  # so that a report can be had while the study goes on
     # The first draw alone: a budget out of reach is told before the others are run.
     first, others = [c for c in every if c.draw == 0], [c for c in every if c.draw > 0]
     _run(first, out, clock, [cell.label for cell in others], failed, progress)

@@ -115,6 +115,8 @@ def _notes(s: Summary) -> list[str]:
         notes.append(f"Standard error of one score from the size of the test set alone: {errors}.")
     simulated = any(trace.simulated for line in s.methods for trace in line.traces)
     notes.append(f"Seconds are {'those of the simulated network' if simulated else 'measured, of training alone'}.")
+    megabytes = ", ".join(f"{line.label} {(line.up + line.down) / 1024**2:.2f}" for line in s.methods)
+    notes.append(f"Up and down by then in MB of 1024^2 bytes, as FlowerTune's leaderboard counts: {megabytes}.")
     for line in s.lines:
         if line.personal is not None:
             notes.append(

@@ -25,6 +25,7 @@ from fedloom.train.dropout import InputDropout
 from fedloom.train.flat_parameters import AdapterStack, Layout, Views, flatten, pad_stack
 from fedloom.train.loss import client_losses
 from fedloom.train.optim import SGD, AdamW, Settings, clip_, schedule_factor
+from fedloom.train.private_steps import RowGradients, untold
 
 Plan = list[NDArray[np.int64]]
 """The batches of one client: row indices."""
@@ -65,18 +66,28 @@ def run(model: AdaptedModel, members: Sequence[Member], settings: Settings, t: i
         else SGD(flat, settings.weight_decay, settings.momentum)
     )
     record = Record(members, flat)
+    shared = (model, layout, flat, fixed, fixed_head, scale, compute)
+    private = None
+    if settings.private is not None:
+        private = RowGradients(*shared, settings.private, settings.batch_size, t, part)
     for step in range(len(members[0].plan)):
         active = [m for m in members if step < len(m.plan)]
         K = len(active)
-        rows = [(m.data, m.plan[step]) for m in active]
         leaf = flat[:K].detach().requires_grad_()
-        adapters, views = factors(leaf, compute)
-        model.put(adapters, scale[:K], heads(views, fixed_head, K), _dropout(settings, t, part, step, active))
-        wanted = targets(rows)
-        losses = client_losses(active[0].data.kind, model.logits(rows, wanted), wanted.to(model.device))
-        objective = torch.stack([losses.sum(), *_penalties(active, layout, leaf, fixed)]).sum()
-        (grad,) = torch.autograd.grad(objective, leaf)
-        norms = clip_(grad, settings.clip)
+        penalties = _penalties(active, layout, leaf, fixed)
+        if private is not None:
+            grad = private(active, step)
+            losses = norms = grad.new_full((K,), math.nan)
+            if penalties:  # of no row: without noise
+                grad += torch.autograd.grad(torch.stack(penalties).sum(), leaf)[0]
+        else:
+            rows = [(m.data, m.plan[step]) for m in active]
+            adapters, views = factors(leaf, compute)
+            model.put(adapters, scale[:K], heads(views, fixed_head, K), _dropout(settings, t, part, step, active))
+            wanted = targets(rows)
+            losses = client_losses(active[0].data.kind, model.logits(rows, wanted), wanted.to(model.device))
+            (grad,) = torch.autograd.grad(torch.stack([losses.sum(), *penalties]).sum(), leaf)
+            norms = clip_(grad, settings.clip)
         rates = [
             settings.lr * m.work.lr * schedule_factor(settings.schedule, step, len(m.plan), settings.warmup)
             for m in active
@@ -88,7 +99,8 @@ def run(model: AdaptedModel, members: Sequence[Member], settings: Settings, t: i
     own_copies: list[State] = [
         {role: {site: x.clone() for site, x in group.items()} for role, group in state.items()} for state in trained
     ]
-    return record.trained(own_copies)
+    told = record.trained(own_copies)
+    return told if private is None else [untold(done) for done in told]
 
 
 def _penalties(active: Sequence[Member], layout: Layout, leaf: Tensor, fixed: Sequence[State]) -> list[Tensor]:

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedloom.privacy.example_level import Private
+
 ScheduleName = Literal["constant", "linear", "cosine"]
 OptimizerName = Literal["adamw", "sgd"]
 
@@ -42,6 +44,8 @@ class Settings:
     """Train with the base's own dropout on: slower, and a client's result then depends on who trains beside it."""
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
+    private: Private | None = None
+    """Rows are protected: batches are Poisson samples, gradients are clipped row by row and noised, and no loss is told."""
 
 
 def schedule_factor(name: ScheduleName, step: int, steps: int, warmup: float = 0.0) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedloom.core import Client, Trained, Work
 from fedloom.data.batches import Encoded, schedule, targets
 from fedloom.rng import seed_of
-from fedloom.train import local_steps
+from fedloom.train import local_steps, private_steps
 from fedloom.train.adapted_model import AdaptedModel, KernelChoice
 from fedloom.train.attention import AttentionName
 from fedloom.train.flat_parameters import AdapterStack, flatten
@@ -57,10 +57,12 @@ class Trainer:
 
         `dtype` is that of the frozen base. What is trained is float32 always, or float64 where a state is, and then
         everything computes in float64. `kernels` chooses hand-written kernels where they compute the same as the readable
-        path, or never. Raises ModelError for a name that is no linear layer.
+        path, or never. Raises ModelError for a name that is no linear layer, or a model that cannot recompute activations.
         """
         self.settings = settings if settings is not None else Settings()
         self._model = AdaptedModel(model, sites, heads, torch.device(device), dtype, attention, kernels)
+        if self.settings.checkpointing:
+            self._model.blocks()
 
     def close(self) -> None:
         """Give the model back with its own layers in place."""
@@ -91,6 +93,8 @@ class Trainer:
             key = (s.seed, t, client.id, *((part,) if part else ()))
             steps = s.local_steps if work.steps is None else work.steps
             plan = schedule(encoded.lengths, s.batch_size, key, steps=steps, epochs=epochs if steps is None else None)
+            if s.private is not None:
+                plan = private_steps.plan(s.private, client, work, len(encoded), s.batch_size, len(plan), t, part)
             member = local_steps.Member(client, work, encoded, plan, local_steps.gate_shape(work))
             passes.setdefault(_batching_key(member), []).append((i, member))
         results: dict[int, Trained] = {}
