@@ -23,7 +23,7 @@ def main() -> None:
     """Write the reference's two lists."""
     commands = [str(each.name or each.callback.__name__) for each in app.registered_commands if each.callback]
     text = REFERENCE.read_text(encoding="utf-8")
-    text = listed(text, r"keys [^\n]*", (f"fedloom keys {name}" for name in sections() if name))
+    text = listed(text, r"keys (?!-)[^\n]*", (f"fedloom keys {name}" for name in sections() if name))
     text = listed(text, r"[^\n]*--help", ["fedloom --help", *(f"fedloom {name} --help" for name in commands)])
     REFERENCE.write_text(text, encoding="utf-8")
 
