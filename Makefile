@@ -23,7 +23,7 @@ format: .venv/test
 
 # The documentation site, in build/site; a link that leads nowhere is an error.
 docs: .venv/docs
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 .venv/made:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedloom needs Python 3.11 or newer, this is " + sys.version)'

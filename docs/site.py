@@ -17,7 +17,13 @@ from fedloom import methods
 from fedloom.describe import Description, Field, describe
 
 ROOT = Path(__file__).parents[1]
-ABOVE = {"CONTRIBUTING.md": "contributing.md", "benchmarks/README.md": "benchmarks.md", "CHANGELOG.md": "changelog.md"}
+ABOVE = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "benchmarks/README.md": "benchmarks.md",
+    "benchmarks/studies/README.md": "studies.md",
+}
+"""File from above this folder -> its page here."""
 MODULES = {
     "Runs": ("fedloom.api", "fedloom.runs.run.Result", "fedloom.runs.run.Observer"),
     "Methods": ("fedloom.methods", "fedloom.describe", "fedloom.core", "fedloom.methods.base", "fedloom.flows"),

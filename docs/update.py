@@ -1,6 +1,6 @@
-"""Write again what pages quote of the command line: every `fedloom keys` and `--help` block, as it is printed now.
+"""Write again what pages quote of the command line, as it is printed now: `fedloom keys` and every command's help.
 
-python docs/update.py
+The reference gets a block for every section and every command there is. python docs/update.py
 """
 
 from __future__ import annotations
@@ -9,13 +9,32 @@ import contextlib
 import io
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 from fedloom.cli import show
-from fedloom.cli.main import call
+from fedloom.cli.keys import sections
+from fedloom.cli.main import app, call
 
-PAGES = sorted(Path(__file__).parent.glob("*.md"))
-QUOTED = re.compile(r"```console\n\$ (fedloom (?:keys[^\n]*|[^\n]*--help))\n.*?```", re.DOTALL)
+REFERENCE = Path(__file__).with_name("reference.md")
+
+
+def main() -> None:
+    """Write the reference's two lists."""
+    commands = [str(each.name or each.callback.__name__) for each in app.registered_commands if each.callback]
+    text = REFERENCE.read_text(encoding="utf-8")
+    text = listed(text, r"keys (?!-)[^\n]*", (f"fedloom keys {name}" for name in sections() if name))
+    text = listed(text, r"[^\n]*--help", ["fedloom --help", *(f"fedloom {name} --help" for name in commands)])
+    REFERENCE.write_text(text, encoding="utf-8")
+
+
+def listed(text: str, pattern: str, commands: Iterable[str]) -> str:
+    """The text with its console blocks of a pattern, which stand together, in place of these commands' blocks."""
+    blocks = re.compile(rf"(```console\n\$ fedloom {pattern}\n(?:(?!```).)*```\n+)+", re.DOTALL)
+    made = "".join(f"{quoted(command)}\n\n" for command in commands)
+    text, count = blocks.subn(lambda _: made, text)
+    assert count == 1, f"the blocks of {pattern} stand in {count} places, expected one"
+    return text
 
 
 def quoted(command: str) -> str:
@@ -29,6 +48,4 @@ def quoted(command: str) -> str:
 
 
 if __name__ == "__main__":
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        page.write_text(QUOTED.sub(lambda found: quoted(found[1]), text), encoding="utf-8")
+    main()

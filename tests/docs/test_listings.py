@@ -76,7 +76,7 @@ def tiny(text: str) -> str:
 def test_the_listings_of_a_page_run_in_their_order(
     page: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    namespace: dict[str, Any] = {"__name__": "listing"}
+    namespace: dict[str, Any] = {"__name__": "listing"} | (at_hand() if page.stem == "trainer" else {})
     for each in listings(page):
         if each.title is not None:
             (folder / each.title).write_text(tiny(each.text))
@@ -87,6 +87,28 @@ def test_the_listings_of_a_page_run_in_their_order(
         elif each.title is None:
             code = "\n" * each.line + tiny(each.text)
             exec(compile(code, str(page), "exec", dont_inherit=True), namespace)
+
+
+def at_hand() -> dict[str, Any]:
+    """What a reader of the page for users of Trainer has loaded already."""
+    import peft
+    import transformers
+
+    import fedloom
+    from fedloom.data import files
+
+    made, rows = transformers.AutoModelForSequenceClassification, files.read(Path("trec.csv"))
+    return {
+        "fedloom": fedloom,
+        "PeftModel": peft.PeftModel,
+        "AutoModelForSequenceClassification": made,
+        "name": "./minilm",
+        "model": made.from_pretrained("./minilm", num_labels=3),
+        "tokenizer": transformers.AutoTokenizer.from_pretrained("./minilm"),
+        "rows_a": rows.select(range(24)),
+        "rows_b": rows.select(range(24, 48)),
+        "test": rows.select(range(48, 60)),
+    }
 
 
 def follow_table(listing: Listing) -> None:

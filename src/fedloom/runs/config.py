@@ -254,6 +254,7 @@ class PrivacySection(_Section):
     target_epsilon: float | None = Field(None, gt=0)
     """Never passed: the run stops before. Without a noise_multiplier, the noise is such that train.rounds just keep to it."""
     delta: float = Field(1e-5, gt=0, lt=1)
+    """Of (epsilon, delta)-differential privacy: well below one over the number of what is protected."""
     canaries: int = Field(0, ge=0)
     """Training rows that get a random label, each left out by a secret coin: `fedloom audit` bounds epsilon from them."""
 
