@@ -120,7 +120,9 @@ def test_controls_and_short_budgets_are_told() -> None:
     assert "each client alone (mean) 0.623, pooled data 0.900, the untuned model 0.200" in text
     assert "a cannot be told apart from each client alone (mean), or is worse" in text
     assert "apart from the untuned model" not in text
-    assert "a ended before the budget was spent" in text
+    assert "a ended before the budget was spent" in text and "Pooled data is below it" not in text
+    traces["pooled"] = [trace("pooled", d, [0.2, 0.5, 0.4]) for d in range(3)]
+    assert "Pooled data is below it" in " ".join(verdict(summarise("made", "accuracy", traces, roles)))
     assert "standard error of 0.024" in text  # sqrt(0.62 * 0.38 / 400)
 
 

@@ -108,6 +108,12 @@ def _controls(s: Summary, best: Line) -> list[str]:
         gain = statistics.difference((best.label, x), (label, y), s.higher_is_better).gain
         if not gain.low > 0:
             text += f" {best.label} cannot be told apart from {names[label]}, or is worse."
+    pooled = known.get("pooled")
+    if pooled is not None and (pooled.score.mean - best.score.mean) * (1 if s.higher_is_better else -1) < 0:
+        text += (
+            " Pooled data is below it: most often the base run's learning rate is too high for one client that takes "
+            "all steps, so it is no upper bound here."
+        )
     return [text]
 
 
