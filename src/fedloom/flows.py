@@ -67,11 +67,8 @@ async def relay_sends(
 
 
 def title(method: Method) -> str:
-    """The method's name with those under it, such as `fedlodrop over fslora`; plain averaging at the ground goes unsaid."""
-    if not isinstance(method, Over):
-        return method.name
-    below = title(method.over)
-    return method.name if below == "fedit" else f"{method.name} over {below}"
+    """The method's name with those under it, such as `fslora over fedit`."""
+    return f"{method.name} over {title(method.over)}" if isinstance(method, Over) else method.name
 
 
 def at(visit: Visit, **budgets: Any) -> Visit:

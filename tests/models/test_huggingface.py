@@ -12,8 +12,8 @@ from torch import nn
 from fedloom.data import packaged
 from fedloom.errors import ConfigError, HubError, ModelError
 from fedloom.models import huggingface
+from fedloom.models.dtypes import auto_dtype
 from fedloom.models.huggingface import (
-    auto_dtype,
     check_rank,
     default_targets,
     find_sites,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fedloom.errors import ModelError
 from fedloom.models import weights
 
 PEAK = """
@@ -79,7 +80,8 @@ def test_the_hash_is_of_the_files_that_are_loaded(tmp_path: Path) -> None:
     )
     assert [x.name for x in weights.weight_files(shards)] == ["one.safetensors", "two.safetensors"]
     assert weights.sha256(shards) == digest(f"{digest('1')}\n{digest('2')}")
-    assert weights.weight_files(stored(tmp_path / "c")) == []
+    with pytest.raises(ModelError, match="has no weights"):
+        weights.weight_files(stored(tmp_path / "c"))
 
 
 def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

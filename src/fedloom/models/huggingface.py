@@ -301,18 +301,6 @@ def check_rank(sites: Sites, rank: int) -> None:
         )
 
 
-def auto_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """bfloat16 where the processor or GPU computes in it, else float32."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif kind == "cpu":
-        fast = _cpu_has_bfloat16()
-    else:
-        fast = False
-    return torch.bfloat16 if fast else torch.float32
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' progress bars, load reports and advice: what matters of them is raised as an error here."""
@@ -403,11 +391,3 @@ def _endings(model: nn.Module) -> list[str]:
 
 def _peft_refuses(model: nn.Module, name: str) -> bool:
     return model_type(model) in _STATE_SPACE and _ending(name) == "out_proj"
-
-
-def _cpu_has_bfloat16() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return any(word in flags for word in ("avx512_bf16", "amx_bf16"))

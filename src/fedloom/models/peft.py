@@ -25,6 +25,20 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # what PEFT puts before the base model's own names
 _TASKS = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 
+_FIXED = {
+    "auto_mapping": None,
+    "bias": "none",
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "lora_dropout": 0.0,
+    "peft_type": "LORA",
+    "revision": None,
+    "use_dora": False,
+}
+"""What adapter_config.json says of every adapter."""
+
 
 def write_adapter(
     path: Path,
@@ -56,27 +70,17 @@ def write_adapter(
     wanted = sorted(set(targets))
     # PEFT matches targets by name endings alone, and would adapt a layer of the head that has such a name.
     excluded = sorted(name for name in modules if any(_matches(name, target) for target in wanted))
-    config = {
+    config = _FIXED | {
         "alpha_pattern": {site: _number(scale * (math.sqrt(r) if rslora else r)) for site, r in other.items()},
-        "auto_mapping": None,
         "base_model_name_or_path": base_name,
-        "bias": "none",
         "exclude_modules": excluded or None,
         "fan_in_fan_out": fan_in_fan_out,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
         "lora_alpha": _number(alpha),
-        "lora_dropout": 0.0,
         "modules_to_save": sorted({name.partition(".")[0] for name in head}) or None,
-        "peft_type": "LORA",
         "r": rank,
         "rank_pattern": other,
-        "revision": None,
         "target_modules": wanted,
         "task_type": _TASKS[kind],
-        "use_dora": False,
         "use_rslora": rslora,
     }
     tensors = {f"{_PREFIX}{site}.lora_A.weight": a for site, a in A.items()}

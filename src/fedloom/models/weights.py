@@ -24,7 +24,8 @@ def weight_files(directory: Path) -> list[Path]:
     """What transformers loads from a model directory, in order of name. Raises ModelError if it cannot be told."""
     if (directory / "adapter_config.json").exists():
         raise ModelError(f"{directory} holds an adapter beside its model: merge it, or take adapter_config.json away")
-    named = _json(directory / "config.json").get("transformers_weights")
+    config = directory / "config.json"
+    named = _json(config).get("transformers_weights") if config.exists() else None
     if named is not None:
         raise ModelError(f"{directory / 'config.json'} names weights of its own ({shown(named)}): remove the entry")
     first = next((name for name in _ORDER if (directory / name).is_file()), None)

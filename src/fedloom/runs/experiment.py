@@ -22,6 +22,7 @@ from fedloom.data.tokenize import Encoded, encode_causal, encode_labelled
 from fedloom.errors import ConfigError, ModelError
 from fedloom.flows import rehearse
 from fedloom.models import huggingface
+from fedloom.models.dtypes import auto_dtype
 from fedloom.models.usable import row_length
 from fedloom.rng import generator
 from fedloom.runs import private
@@ -198,7 +199,7 @@ def experiment(
     planned = plan(config) if isinstance(config, RunConfig) else config
     c = planned.config
     device = device_of(c)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(c.model.dtype) or huggingface.auto_dtype(device)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(c.model.dtype) or auto_dtype(device)
     on_status("reading the data")
     given = given or Given()
     table = table or tables(c, given)
