@@ -3,8 +3,8 @@
     python benchmarks/screening.py [--rounds 8] [--limit 200] [--steps 4] [--methods fedit,...]
 
 The quickstart's model and data, four clients of unequal size (Dirichlet 0.5), ranks 2, 4, 8, 8 where a method follows them and
-keep rates 0.5, 0.75, 1, 1 where it follows those. Printed: the largest ratio that is named as suspicious (above 3), and how many
-updates were refused (the bound is clients.max_ratio = 10).
+keep rates 0.5, 0.75, 1, 1 where it follows those. Printed: the largest ratio that is named as suspicious (above 3), and how
+many updates were refused (the bound is clients.max_ratio = 10).
 """
 
 from __future__ import annotations

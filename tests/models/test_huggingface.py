@@ -11,7 +11,7 @@ from torch import nn
 
 from fedloom.data import packaged
 from fedloom.errors import ConfigError, HubError, ModelError
-from fedloom.models import huggingface
+from fedloom.models import dtypes
 from fedloom.models.dtypes import auto_dtype
 from fedloom.models.huggingface import (
     check_rank,
@@ -118,7 +118,7 @@ def test_rank_is_bounded_by_the_layers() -> None:
 
 def test_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(huggingface, "_cpu_has_bfloat16", lambda has=has: has)
+        monkeypatch.setattr(dtypes, "_cpu_has_bfloat16", lambda has=has: has)
         assert auto_dtype("cpu") == dtype
     assert auto_dtype("meta") == torch.float32
 

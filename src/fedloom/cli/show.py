@@ -68,4 +68,4 @@ def _another(config: RunConfig) -> str | None:
     if config.clients.keep != 1.0:
         return None
     names = ("fedit", "fedex_lora") if config.clients.ranks is None else ("flexlora", "hetlora")
-    return [name for name in names if name not in [config.method.name]][0]
+    return next(name for name in names if name not in [config.method.name])
