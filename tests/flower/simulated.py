@@ -122,8 +122,6 @@ class Network:
         """Message -> when the last answer to it comes."""
         self.done: set[tuple[int, int, str]] = set()
         """(round, exchange, client) of what was trained, wherever its answer went."""
-        self.overtaken: set[str] = set()
-        """Clients that one node trained for a round after another had for a later one."""
         self._heard: list[bytes] = []
 
     # what a coordinator sees
@@ -175,9 +173,7 @@ class Network:
             if self._ids.get(node) != which:
                 return
         answer = self._workers[which].answer(data)
-        now = trained(data, answer)
-        self.overtaken |= {client for t, _, client in now if any(c == client and s > t for s, _, c in self.done)}
-        self.done |= now
+        self.done |= trained(data, answer)
         self._heard.append(answer)
         if which in self._hostile and self._chance(self.weather.hostile):
             answer = hostile(answer, data, self._heard, self._rng)

@@ -90,18 +90,16 @@ class Played:
     records: list[Record] = field(default_factory=list)
     missing: set[Place] = field(default_factory=set)
     done: set[Place] = field(default_factory=set)
-    overtaken: bool = False
-    """Whether a client was trained for a round after it had been for a later one, on another node of the machine."""
     repeated: int = 0
     """Rounds that had too few answers and were done again."""
 
     def comparable(self, case: Case) -> bool:
         """Whether what clients keep is decided by who was missing alone.
 
-        It is not if a client was trained for a round that was over by then, nor if a round was repeated and a client had come
-        through all exchanges of the first attempt and not through those of the last.
+        It is not if a round was repeated and a client had come through all exchanges of the first attempt and not through
+        those of the last.
         """
-        return not self.overtaken and not (self.repeated and case.label in TWICE)
+        return not (self.repeated and case.label in TWICE)
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,7 @@ def play(seed: int, folder: Path) -> tuple[Plan, Played]:
         )
         far = _coordinator(plan.case, plan.form, network, plan.roster)
         played = _rounds(plan.case, far, network, rng, clock)
-        played.done, played.overtaken = network.done, bool(network.overtaken)
+        played.done = network.done
         _afterwards(plan.case, far, played.state)
         assert all(note.isprintable() for note in far.stats()["notes"])
     return plan, played

@@ -147,7 +147,9 @@ class Worker:
         start = time.perf_counter()
         match do:
             case "exchange":
+                self._claim(run.folder, jobs)
                 came = self._exchange(run, t, header["exchange"], jobs)
+                self._claim(run.folder, jobs)
                 seconds = time.perf_counter() - start
                 said, blobs = self._encoded(run, came, dict(jobs), t, header["exchange"])
                 return {"results": said, "seconds": seconds}, blobs
@@ -173,6 +175,24 @@ class Worker:
             raise WireError(f"has tensors for {len(parts)} of {len(asked)} clients")
         # Identity and budget are the node's own, whatever the server says.
         return [(self._clients[id], codec.decode(part)) for id, part in zip(asked, parts, strict=True)]
+
+    def _claim(self, folder: Path, jobs: list[Job]) -> None:
+        """Note on disk which message trains these clients. Raises Refused if a later one does, or did, in another worker.
+
+        On one machine the clients of a worker that is stuck are given to another: when it goes on, it must not touch what they
+        have kept since.
+        """
+        assert self._session is not None
+        number, asked = self._last[self._session], folder / "asked"
+        asked.mkdir(parents=True, exist_ok=True)
+        for client, _ in jobs:
+            path = asked / client.id
+            session, _, last = (path.read_text() if path.exists() else "").partition(" ")
+            if session == self._session and last.isdigit() and int(last) > number:
+                raise Refused(f"overtaken: a later message trained {client.id} on another node")
+        for client, _ in jobs:
+            # Not synced: it matters only as long as the server's process lives.
+            (asked / client.id).write_text(f"{self._session} {number}")
 
     def _exchange(self, run: NodeRun, t: int, exchange: int, jobs: list[Job]) -> list[tuple[Answer | Failure, bool]]:
         if exchange == 1:
