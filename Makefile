@@ -3,23 +3,27 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --quiet --disable-pip-version-check --no-input
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format docs clean
 
 demo: .venv/demo
 	$(BIN)/fedloom run
 
 test: .venv/test
-	$(BIN)/pytest --numprocesses 2 --dist worksteal
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup
 
 # Format, lint and types, without the tests.
 check: .venv/test
-	$(BIN)/ruff format --check src tests benchmarks examples
-	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples docs
+	$(BIN)/ruff check src tests benchmarks examples docs
 	$(BIN)/mypy
 
 format: .venv/test
-	$(BIN)/ruff format src tests benchmarks examples
-	$(BIN)/ruff check --fix src tests benchmarks examples
+	$(BIN)/ruff format src tests benchmarks examples docs
+	$(BIN)/ruff check --fix src tests benchmarks examples docs
+
+# The documentation site, in build/site; a link that leads nowhere is an error.
+docs: .venv/docs
+	$(BIN)/mkdocs build --strict
 
 .venv/made:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedloom needs Python 3.11 or newer, this is " + sys.version)'
@@ -34,6 +38,10 @@ format: .venv/test
 .venv/test: .venv/made pyproject.toml requirements/constraints.txt requirements/test.txt
 	$(PIP) install --constraint requirements/constraints.txt --editable '.[flower,wireless,privacy,dev]'
 	$(PIP) install --no-deps --require-hashes --requirement requirements/test.txt
+	touch $@
+
+.venv/docs: .venv/made pyproject.toml requirements/constraints.txt
+	$(PIP) install --constraint requirements/constraints.txt --editable '.[docs]'
 	touch $@
 
 clean:

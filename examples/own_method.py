@@ -1,6 +1,9 @@
 """How do I add a method? One class: here FedAvg with a server learning rate, run by its name "own_method:Damped".
 
 cd examples && python own_method.py
+
+A run file says `method.name = "own_method:Damped"`, and `fedloom run` finds the module where it is installed or in the current
+folder. It runs that module's code: read a run file of others, and the module that it names, as you would read a script.
 """
 
 from dataclasses import dataclass

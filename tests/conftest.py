@@ -9,6 +9,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,13 @@ import torch
 from fedloom.data import packaged
 
 torch.set_num_threads(1)
+# More of each property test: pytest --hypothesis-profile long
+hypothesis.settings.register_profile("long", max_examples=5000)
+
+# `HYPOTHESIS_PROFILE=long pytest -m fuzz` looks longer, and elsewhere each time.
+hypothesis.settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("long", max_examples=20_000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 WORDS = [
     "how",
@@ -35,6 +43,12 @@ WORDS = [
     "high",
     "old",
 ]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="the one seed of a simulated federation to repeat")
+    parser.addoption("--seeds", type=int, default=200, help="how many simulated federations to play")
+    parser.addoption("--every-fault", action="store_true", help="every fault at every write of a run, not two")
 
 
 @pytest.fixture

@@ -18,12 +18,15 @@ from .methods.cases import CASES, EXAMPLES, engine, start
         ("ffa_lora", "B frozen head", "B head", "", "received", True),
         ("fedsa_lora", "A", "A", "B head", "A received, B head kept", True),
         ("fedex_lora", "A B head left right", "A B head", "", "received", False),
-        ("feddpa", "A B head", "A B head", "local_A local_B", "received", True),
+        ("feddpa", "A B head", "A B head", "local_A local_B", "A B head received, local_A local_B kept", True),
         ("fslora", "A B head sketch", "A B head", "", "received", True),
         ("scaffold", "A B c_A c_B c_head head", "A B c_A c_B c_head head", "c_A c_B c_head", "received", True),
-        ("fednova", "A B head", "A B head nova_tau", "", "received", True),
+        ("flasc", "head top", "change head", "", "received", False),
+        ("flora", "fresh head left right", "A B head", "", "head received, A new, B zero", False),
+        ("rolora", "A B head", "A B head", "", "received", True),
+        ("fednova", "A B head", "nova_A nova_B nova_head nova_tau", "", "received", True),
         ("median", "A B head", "A B head", "", "received", False),
-        ("fedlora_optimizer", "A B head", "A B head turn", "", "A B head received, turn zero", False),
+        ("fedlora_optimizer", "A B head", "A B head turn", "", "turn zero, A B head received", False),
     ],
 )
 def test_what_a_method_sends_keeps_and_starts_from(

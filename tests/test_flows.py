@@ -424,12 +424,10 @@ def test_errors_name_their_table(table: dict[str, Any], message: str) -> None:
 
 
 def test_the_old_form_of_over_is_read_with_a_warning() -> None:
-    with pytest.warns(
-        DeprecationWarning, match=r'over = "fedex_lora" is the old form: write \[method.over\] with name'
-    ):
+    with pytest.warns(FutureWarning, match=r'over = "fedex_lora" is the old form: write \[method.over\] with name'):
         old = build({"name": "fslora", "over": "fedex_lora"}, RANK)
     assert old == build({"name": "fslora", "over": {"name": "fedex_lora"}}, RANK)
-    with pytest.warns(DeprecationWarning), pytest.raises(ConfigError, match=r"^\[method\.over\] unknown method 'x'"):
+    with pytest.warns(FutureWarning), pytest.raises(ConfigError, match=r"^\[method\.over\] unknown method 'x'"):
         build({"name": "fslora", "over": "x"}, RANK)
 
 

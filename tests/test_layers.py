@@ -29,8 +29,8 @@ FLOORS = [
     ["train", "data", "models", "wireless"],
     ["flower"],
     ["runs"],
-    ["api"],
     ["studies"],
+    ["api"],
     ["cli"],
 ]
 """Modules and packages of `fedloom`, from the ground up: each imports from its own floor and those below, in no circle."""

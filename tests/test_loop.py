@@ -439,7 +439,9 @@ def test_who_is_dropped_in_one_exchange_is_not_asked_in_the_next() -> None:
 
 
 @pytest.mark.parametrize(
-    "awaited, found", [(lambda: "text", "str"), (lambda: None, "NoneType"), (lambda: Visit, "type")], ids=str
+    "awaited, found",
+    [(lambda: "text", "str"), (lambda: None, "NoneType"), (lambda: Visit, "type")],
+    ids=["text", "none", "class"],
 )
 def test_what_the_server_may_await(awaited: Any, found: str) -> None:
     class Odd:

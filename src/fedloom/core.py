@@ -84,6 +84,10 @@ class Work(Awaited["Trained"]):
     """Terms of the loss, (train, fixed) -> 0-d tensor; reported apart from the task's loss."""
 
 
+METRICS = ("loss_max", "grad_norm_max", "steps", "samples", "tokens")
+"""What a trainer reports of a client besides its loss, in this order; a node's word on anything else is passed over."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """What became of a Work."""
@@ -96,7 +100,7 @@ class Trained:
     loss: float
     """Mean over the steps of the task's loss, penalties apart."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of the task as well: loss_max, grad_norm_max, samples, tokens, ..."""
+    """Of the task as well: by the names in `METRICS`."""
 
 
 @dataclass(frozen=True, eq=False)

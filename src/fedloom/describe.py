@@ -136,19 +136,19 @@ class _Seen:
 
 
 class _Noise:
-    """A trainer that adds a little noise to everything."""
+    """A trainer that adds noise to everything."""
 
     def __init__(self) -> None:
-        self.works: list[Work] = []
+        self.works: list[tuple[str, Work]] = []
 
     def fit(self, works: Sequence[tuple[Client, Work]], data: Sequence[None], t: int, part: int = 0) -> list[Trained]:
-        self.works += [work for _, work in works]
+        self.works += [(client.id, work) for client, work in works]
         return [Trained(_noisy(work.train, t, part), steps=1, lr_sum=1.0, loss=0.0) for _, work in works]
 
 
 def _noisy(train: State, t: int, part: int) -> State:
     return {
-        role: {s: x + 0.01 * torch.randn(x.shape, generator=generator(t, part, role, s)) for s, x in group.items()}
+        role: {s: x + torch.randn(x.shape, generator=generator(t, part, role, s)) for s, x in group.items()}
         for role, group in train.items()
     }
 
@@ -182,8 +182,10 @@ class _WatchedVisits(LocalVisits[None]):
         answers = list(super().exchange(pairs, x))
         seen.up |= dict.fromkeys(role for a in answers if isinstance(a, Answer) for role in a.state)
         if self.round.t > 1:
-            for work in watch.noise.works[:1]:
-                seen.sources = _sources(work.train, pairs[0][1], own[pairs[0][0].id]) | seen.sources
+            for client, received in pairs[:1]:
+                for work in (work for key, work in watch.noise.works if key == client.id):
+                    for role, source in _sources(work.train, received, own[client.id]).items():
+                        seen.sources.setdefault(role, source)
         return iter(answers)
 
 
@@ -201,15 +203,16 @@ def _sources(train: State, received: State, own: State) -> dict[str, str]:
     """Role -> `received`, `kept`, `new`, `zero`, or `new` for what is none of these."""
 
     def held(group: Group, state: State) -> bool:
-        return any(
-            group.keys() <= other.keys() and all(torch.equal(x, other[site]) for site, x in group.items())
-            for other in state.values()
-        )
+        there = [x.flatten() for other in state.values() for x in other.values() if x.is_floating_point()]
+        values = torch.cat([x.flatten() for x in group.values()])
+        return bool(there) and bool(torch.isin(values[values != 0], torch.cat(there)).all())
 
     found = {}
     for role, group in train.items():
-        zero = not any(bool(x.any()) for x in group.values())
-        found[role] = "received" if held(group, received) else "kept" if held(group, own) else "zero" if zero else "new"
+        if not any(bool(x.any()) for x in group.values()):
+            found[role] = "zero"
+        else:
+            found[role] = "received" if held(group, received) else "kept" if held(group, own) else "new"
     return found
 
 
@@ -226,16 +229,16 @@ def _start(seen: _Seen) -> str:
 
 
 def _summary(cls: type[Method]) -> str:
-    """What stands after the name at the top of the method's file; of several in one file, the start of its own words."""
+    """What stands after the name at the top of the method's file; of its siblings there, the start of the class's own words."""
     module = inspect.getmodule(cls)
     first = (inspect.getdoc(module) or "").split("\n\n")[0].replace("\n", " ")
-    there = {
+    beside = [
         c for c in vars(module).values() if isinstance(c, type) and c.__module__ == cls.__module__ and "name" in vars(c)
-    }
-    if len(there) == 1:
+    ]
+    if len(beside) == 1 or cls.__module__.endswith(f".{cls.name}"):
         return (first.partition(": ")[2] or first).rstrip(".")
-    mine = re.split(r"[.:] |\.$|\n\n", (inspect.getdoc(cls) or "").replace("\n", " "), maxsplit=1)[0]
-    return re.sub("^The ", "the ", mine)
+    own = re.sub(r"^[\w-]+: ", "", (inspect.getdoc(cls) or "").replace("\n", " "))
+    return re.sub("^The ", "the ", re.split(r"[.:;] |\.$|  ", own, maxsplit=1)[0])
 
 
 def _fields(cls: type[Method]) -> Iterator[Field]:

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fedloom.errors import RunError
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError while writing into one RunError that says what is lost: nothing."""
+    """Turn an error of writing into one RunError that says what is lost: nothing."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors says a full disk with a class of its own
+        why = getattr(error, "strerror", None) or error
         raise RunError(
-            f"cannot write {path}: {error.strerror or error}. Nothing is lost: free space or fix the permissions, "
-            "then resume the run"
+            f"cannot write {path}: {why}. Nothing is lost: free space or fix the permissions, then resume the run"
         ) from error
 
 
@@ -51,18 +54,36 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        fill(beside)
-        for file in sorted(beside.rglob("*")):
-            if file.is_file():
-                _sync(file)
-        sync_folder(beside)
+        _fill(beside, fill)
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             os.replace(path, old)
         os.replace(beside, path)
         sync_folder(path.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def write_new_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """As `write_folder`, where `path` is new or empty and its neighbours are somebody's: nothing that was there is touched."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+        try:
+            _fill(beside, fill)
+            os.replace(beside, path)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        sync_folder(path.parent)
+
+
+def _fill(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make a folder, have it filled, and make what is in it durable."""
+    folder.mkdir()
+    fill(folder)
+    for path in sorted(folder.rglob("*")):
+        _sync(path)
+    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

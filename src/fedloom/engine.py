@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from fedloom.checkpoint import ClientStates
 from fedloom.client import Client, Failure
 from fedloom.core import Exchange, Method, Round, Trained, Work
+from fedloom.errors import MethodError
 from fedloom.state import Sites, State
 
 Job = tuple[Client, State]
@@ -85,3 +86,19 @@ class Engine(Protocol):
     def stats(self) -> dict[str, Any]:
         """What happened since the last call, for the record: `train_s`, seconds of training, and an engine's own."""
         ...
+
+
+def ended_too_soon(t: int, waiting: str) -> MethodError:
+    """The server's coroutine returned while clients wait."""
+    return MethodError(
+        f"round {t} ended while clients {waiting} await an answer to Send: "
+        "`server` must await one exchange more than `client` sends"
+    )
+
+
+def asked_too_often(t: int, client: Client) -> MethodError:
+    """The server's coroutine awaits an exchange that a client's has no part in."""
+    return MethodError(
+        f"round {t} goes on, but the visit of client {client.id!r} has ended: "
+        "`client` must await Send once for each exchange but the last"
+    )

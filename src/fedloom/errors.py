@@ -69,5 +69,5 @@ def nearest(word: str, known: Iterable[str]) -> str:
     ''
     """
     # A word of kilobytes is no misspelling, and the search for its like takes minutes.
-    close = difflib.get_close_matches(word, list(known), n=1) if len(word) <= 100 else []
+    close = difflib.get_close_matches(word, [str(name) for name in known], n=1) if len(word) <= 100 else []
     return f"; did you mean {close[0]!r}?" if close else ""

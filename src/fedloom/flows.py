@@ -66,6 +66,14 @@ async def relay_sends(
     return change(received, sent), kept
 
 
+def title(method: Method) -> str:
+    """The method's name with those under it, such as `fedlodrop over fslora`; plain averaging at the ground goes unsaid."""
+    if not isinstance(method, Over):
+        return method.name
+    below = title(method.over)
+    return method.name if below == "fedit" else f"{method.name} over {below}"
+
+
 def at(visit: Visit, **budgets: Any) -> Visit:
     """The visit of a client with other budgets."""
     return replace(visit, client=replace(visit.client, **budgets))

@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from fedloom.checkpoint import ClientStates
 from fedloom.client import Client, Failure
 from fedloom.core import Exchange, Method, Round, Send, Trained, Visit, Work
-from fedloom.engine import Answer, Job, Total
+from fedloom.engine import Answer, Job, Total, asked_too_often, ended_too_soon
 from fedloom.errors import ConfigError, MethodError
 from fedloom.rng import generator
 from fedloom.state import Sites, State, finite
@@ -177,10 +177,7 @@ class LocalVisits(Generic[Rows]):
             one.flow.close()
         self._waiting = {}
         if waiting:
-            raise MethodError(
-                f"round {self.round.t} ended while clients {waiting} await an answer to Send: "
-                "`server` must await one exchange more than `client` sends"
-            )
+            raise ended_too_soon(self.round.t, waiting)
         self.engine.client_states.commit()
 
     def _client(self, client: Client, received: State) -> Flow:
@@ -191,10 +188,7 @@ class LocalVisits(Generic[Rows]):
             one.value = received
             return one
         if client.id in self._ended:
-            raise MethodError(
-                f"round {self.round.t} goes on, but the visit of client {client.id!r} has ended: "
-                "`client` must await Send once for each exchange but the last"
-            )
+            raise asked_too_often(self.round.t, client)
         flow = self._start(client, received)
         if not inspect.iscoroutine(flow):
             raise MethodError(f"{self.method.name}.client is no coroutine function: write `async def client`")

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from fedloom.errors import ConfigError, nearest
-from fedloom.text import shortened, shown
+from fedloom.text import printable, shortened, shown
 
 Model = TypeVar("Model", bound=BaseModel)
 Key = tuple[str | int, ...]
@@ -61,7 +61,8 @@ def check_size(values: object, source: str) -> None:
         inner: list[tuple[str, object]] = []
         for name, value in level:
             if isinstance(value, int) and not -(2**63) <= value < 2**63:
-                raise ConfigError(f"{source}: {name} is an integer of more than 64 bits, expected a smaller one")
+                key = shortened(printable(name), 100)
+                raise ConfigError(f"{source}: {key} is an integer of more than 64 bits, expected a smaller one")
             if isinstance(value, Mapping):
                 inner += [(str(key), x) for key, x in value.items()]
             elif isinstance(value, list | tuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 
 import fedloom
 from fedloom import methods
-from fedloom.cli.main import call
+from fedloom.cli.main import app, call
 from fedloom.cli.show import out as console
 
 Settings = Callable[..., dict[str, Any]]
@@ -143,10 +144,37 @@ def test_a_hub_that_is_not_reached_is_one_error(file: Path, tmp_path: Path, caps
         assert captured.startswith("error: ") and "hub" in captured.lower() and "Traceback" not in captured
 
 
-@pytest.mark.parametrize("command", ["run", "resume", "evaluate", "export", "methods", "sensitivity", "verify"])
-def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def commands() -> list[str]:
+    return [str(command.name or command.callback.__name__) for command in app.registered_commands if command.callback]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_help_fits_80_columns_and_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call([command, "--help"]) == 0
-    assert f"Example: fedloom {command}" in " ".join(capsys.readouterr().out.split())
+    text = capsys.readouterr().out
+    assert f"Example: fedloom {command}" in " ".join(text.split()) and f"Usage: fedloom {command}" in text
+    assert max(map(len, text.splitlines())) <= 80 and "..." not in text.replace("RUN...|STUDY", "") and "\\" not in text
+    for line in text.partition("Arguments:")[2].partition("Options:")[0].splitlines():
+        assert not line or len(line.split()) > 1, "an argument says what it is"
+
+
+def test_the_list_of_commands_has_whole_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80 and "..." not in text.partition("Commands:")[2]
+    assert all(f"\n  {command} " in text for command in commands())
+
+
+def test_the_shell_completes_commands() -> None:
+    told = {"_FEDLOOM_COMPLETE": "complete_bash", "COMP_WORDS": "fedloom me", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from fedloom.cli.main import main; main()"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | told,
+    )
+    assert done.stdout.split() == ["methods"]
 
 
 def test_help_imports_nothing_heavy() -> None:

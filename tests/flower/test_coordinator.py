@@ -17,6 +17,8 @@ from fedloom.runs import run as runs
 from fedloom.runs.config import parse
 from fedloom.runs.experiment import experiment
 from fedloom.runs.flower_node import agreement, local_node, remote_node
+from fedloom.runs.flower_server import connected
+from fedloom.runs.run_directory import RunDirectory
 from fedloom.simulation import Simulation
 
 from .direct import Direct
@@ -231,3 +233,18 @@ def test_a_round_waits_for_nodes_that_are_all_busy_yet(settings: Settings, tmp_p
     assert [r["dropped"] for r in result.rounds] == [{}, {}]
     notes = result.rounds[1]["engine"]["notes"]
     assert len(notes) >= 2 and any("to round 0 came late" in note for note in notes)
+
+
+def test_what_a_deployment_does_not_prevent_is_told_before_it_starts(settings: Settings, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def stop(what: str) -> None:
+        told.append(what)
+        raise KeyboardInterrupt
+
+    config = run_of(settings)
+    run = RunDirectory.create(tmp_path / "run", config)
+    with pytest.raises(KeyboardInterrupt), connected(run, experiment(config), told.append, stop):
+        pass
+    assert len(told) == 1 and "any user of this machine" in told[0] and "SECURITY.md" in told[0]
+    assert sorted(path.name for path in run.path.iterdir()) == ["run.toml"], "nothing was started"

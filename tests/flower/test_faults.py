@@ -37,6 +37,7 @@ from fedloom.simulation import LocalVisits, Simulation
 from .middleman import Middleman
 
 Settings = Callable[..., dict[str, Any]]
+pytestmark = pytest.mark.xdist_group("flower")
 
 # A test session in the background inherits an ignored SIGINT, which Python then leaves ignored: take it back.
 COMMAND_LINE = (

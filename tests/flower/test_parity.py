@@ -1,4 +1,7 @@
-"""Every method ends with the same bytes in this process and through a real SuperLink with two SuperNodes."""
+"""Methods end with the same bytes in this process and through a real SuperLink with two SuperNodes.
+
+One method for each way of talking: `test_visits.py` has every case through the same messages, without a SuperLink.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,28 @@ from fedloom.methods import build
 from fedloom.runs import run as runs
 from fedloom.runs.config import parse
 
-from ..methods.cases import RUNS, sections
+from ..methods.cases import sections
 
 Settings = Callable[..., dict[str, Any]]
+pytestmark = pytest.mark.xdist_group("flower")  # one deployment for all
+
+TALKS = (
+    "fedit",
+    "ffa_lora",
+    "fedsa_lora",  # keeps with clients, and has no common model
+    "hetlora",  # sizes that clients choose
+    "flexlora",  # unequal ranks
+    "fedex_lora",  # an offset that grows
+    "fslora",
+    "fedlodrop",
+    "fedlora_optimizer",  # phases, and a personal one at the end
+    "feddpa",  # two works a visit
+    "scaffold",  # a wrapper that keeps with clients
+    "quantise",  # integers go up
+    "fedask",  # two exchanges a round
+    "lora_a2",  # indices go up
+    "fedlodrop-over-fslora",
+)
 
 STATELESS = ("ffa_lora", "hetlora", "flexlora", "fedlodrop", "fedlodrop-over-fslora")
 """Their second round sends and does nothing that the first did not: one is enough, and five seconds less."""
@@ -35,18 +57,18 @@ def tensors(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.glob("**/adapter_model.safetensors"))}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", TALKS)
 def test_the_same_bytes_in_process_and_through_flower(
     name: str, settings: Settings, transport: GridTransport, tmp_path: Path
 ) -> None:
     values = settings(
         **sections(name),
         train={"rounds": 1 if name in STATELESS else 2, "evaluate_every": 0, "local_steps": 2},
-        engine={"cohort": 1, "deadline_s": 120.0},
+        engine={"cohort": 1},
     )
-    config = parse(values, "test")
-    here = runs.start(config, tmp_path / "here")
-    far = runs.start(config, tmp_path / "far", transport=transport)
+    here = runs.start(parse(values, "test"), tmp_path / "here")
+    values["engine"]["deadline_s"] = 120.0
+    far = runs.start(parse(values, "test"), tmp_path / "far", transport=transport)
 
     assert tensors(tmp_path / "far") == tensors(tmp_path / "here")
     method = build(sections(name)["method"])

@@ -28,6 +28,7 @@ from fedloom.runs.flower_node import agreement, remote_node
 from fedloom.runs.run_directory import RunDirectory
 
 Settings = Callable[..., dict[str, Any]]
+pytestmark = pytest.mark.xdist_group("flower")
 CLI = [sys.executable, "-c", "from fedloom.cli.main import main; main()"]
 SECRET = "quetzalcoatl"
 

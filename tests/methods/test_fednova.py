@@ -35,7 +35,7 @@ def test_fednova_by_hand() -> None:
     sent = []
     for client, moved, tau in ((Client("a", 3, 1), 1.0, 2.0), (Client("b", 1, 1), 9.0, 6.0)):
         sent.append((client, upload(method, FIRST, client, moved, tau)))
-    assert float(sent[0][1]["A"]["s"][0, 0]) == 0.5 and float(sent[1][1]["nova_tau"]["sum"]) == 6.0
+    assert float(sent[0][1]["nova_A"]["s"][0, 0]) == 0.5 and float(sent[1][1]["nova_tau"]["sum"]) == 6.0
     new = after(method, FIRST, sent)
     assert new.keys() == FIRST.keys()
     assert new["A"]["s"].tolist() == [[3.25, 4.25]]

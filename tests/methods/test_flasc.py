@@ -36,7 +36,7 @@ def test_a_round_by_hand() -> None:
 
     one = trained([[4.0, 0.0]], [[1.0], [0.0], [-8.0]])
     two = trained([[2.0, 0.0]], [[0.0], [0.1], [6.0]])
-    assert one["top"]["values"].tolist() == [4.0, -8.0] and two["top"]["values"].tolist() == [2.0, 6.0]
+    assert one["change"]["values"].tolist() == [4.0, -8.0] and two["change"]["values"].tolist() == [2.0, 6.0]
     new = after(method, FIRST, [(CLIENT, one), (Client("b", 9, 1), two)])
     assert new["A"]["s"].tolist() == [[1.0 + 3.0, -5.0]]
     assert new["B"]["s"].tolist() == [[3.0], [0.5], [-2.0 - 1.0]]
@@ -53,7 +53,7 @@ def test_packed_entries_come_back() -> None:
     for share in (0.01, 0.3, 1.0):
         sent = pack(whole, share)
         k = max(1, int(n * share))
-        assert sent["top"]["values"].shape == (k,) and sent["top"]["where"].shape == ((n + 7) // 8,)
+        assert sent["values"].shape == (k,) and sent["where"].shape == ((n + 7) // 8,)
         back = unpack(sent, dict(reversed(sites.items())), 3)  # another order of the layers
         gone = torch.cat([(whole[r][s] - back[r][s]).flatten() for r in "AB" for s in sites])
         here = torch.cat([back[r][s].flatten() for r in "AB" for s in sites])
@@ -63,10 +63,10 @@ def test_packed_entries_come_back() -> None:
 
 
 def test_bits_that_do_not_match_the_values_end_no_round() -> None:
-    sent = {"top": {"values": torch.ones(2), "where": torch.full((2,), 255, dtype=torch.uint8)}}
+    sent = {"values": torch.ones(2), "where": torch.full((2,), 255, dtype=torch.uint8)}
     back = unpack(sent, {"s": (3, 2)}, 2)
     assert sum(float(x.sum()) for group in back.values() for x in group.values()) == 2.0
-    sent["top"]["where"].zero_()
+    sent["where"].zero_()
     assert not any(x.any() for group in unpack(sent, {"s": (3, 2)}, 2).values() for x in group.values())
 
 
@@ -89,7 +89,7 @@ def test_what_is_masked_is_not_in_the_model_but_stays_with_the_server() -> None:
     masked, full = served(method, state, client, SITES), served(whole, state, client, SITES)
     assert all(not torch.equal(masked[s], full[s]) for s in SITES)
     assert all(int((state["A"][s] == 0).sum()) == 0 for s in SITES)
-    assert flat(only(unpack(method.serve(state, client), SITES, RANK), "A")) != flat(only(state, "A"))
+    assert flat(only(unpack(method.serve(state, client)["top"], SITES, RANK), "A")) != flat(only(state, "A"))
 
 
 @pytest.mark.parametrize("fields", [{"down": 0.0}, {"up": 1.5}])

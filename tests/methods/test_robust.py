@@ -8,7 +8,7 @@ import torch
 
 from fedloom.core import Client, Method, State, Visit
 from fedloom.errors import ConfigError
-from fedloom.loop import Record, federate, one_round
+from fedloom.loop import Limits, Record, federate, one_round
 from fedloom.methods import build
 from fedloom.methods.fedit import FedIT
 from fedloom.methods.robust import Median, MultiKrum, NormFilter, RobustMean, TrimmedMean
@@ -90,6 +90,9 @@ class Attacked(FedIT):
         }, kept
 
 
+OPEN = Limits(max_ratio=None)
+"""The loop lets everything through: the methods are left to themselves."""
+
 RULES: list[type[RobustMean]] = [Median, TrimmedMean, MultiKrum, NormFilter]
 
 
@@ -104,7 +107,7 @@ def test_training_goes_on_under_attack(rule: type[RobustMean]) -> None:
         def note(state: State, record: Record) -> None:
             losses.append(sum(record.metrics[k]["loss"] for k in "bcdefg"))
 
-        federate(method, engine(trainer), start(method), clients, 6, on_round=note)
+        federate(method, engine(trainer), start(method), clients, 6, limits=OPEN, on_round=note)
         return losses
 
     plain = Attacked(rank=RANK, alpha=6.0)
@@ -116,10 +119,10 @@ def test_training_goes_on_under_attack(rule: type[RobustMean]) -> None:
 def test_what_was_left_out_is_reported() -> None:
     clients = [Client(k, 10, RANK) for k in "abcde"]
     method = NormFilter(over=Attacked(rank=RANK))
-    _, record = one_round(method, engine(), start(method), clients, 1)
+    _, record = one_round(method, engine(), start(method), clients, 1, limits=OPEN)
     assert record.report["left_out"] == 1.0
     krum = MultiKrum(over=Attacked(rank=RANK), attackers=3)
-    _, record = one_round(krum, engine(), start(krum), clients, 1)
+    _, record = one_round(krum, engine(), start(krum), clients, 1, limits=OPEN)
     assert record.report["withstands"] == 1.0
 
 

@@ -95,14 +95,16 @@ def test_a_target_without_a_layer_lists_the_layers(tiny: Tiny) -> None:
         find_sites(tiny("bert"), [])
 
 
-def test_an_unknown_architecture_lists_its_layers() -> None:
+def test_an_unknown_architecture_is_adapted_wherever_it_can_be() -> None:
     class Other(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.mixer = nn.Linear(2, 3)
+            self.embed, self.mixer, self.idle = nn.Embedding(2, 2), nn.Linear(2, 3), nn.Linear(2, 3)
 
-    with pytest.raises(ModelError, match=r"'Other' model; set targets .* mixer"):
-        default_targets(Other())
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.mixer(self.embed(input_ids))
+
+    assert default_targets(Other()) == ["mixer"]
     assert find_sites(Other(), ["mixer"]) == {"mixer": (3, 2)}
 
 
@@ -153,6 +155,16 @@ def test_a_trained_head_is_kept_where_it_fits(saved: Callable[[str], str], tiny:
     trained = tiny("bert").get_parameter("classifier.weight")
     assert torch.equal(load_base(source, kind="classification", num_labels=3).model.classifier.weight, trained)
     assert load_base(source, kind="regression", num_labels=1).model.classifier.weight.shape == (1, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_is_float32_whatever_the_base(saved: Callable[[str], str], tiny: Tiny, dtype: torch.dtype) -> None:
+    trained = tiny("bert").get_parameter("classifier.weight")
+    base = load_base(saved("bert"), kind="classification", num_labels=3, dtype=dtype)
+    assert torch.equal(base.head_weights["classifier.weight"], trained)
+    assert {x.dtype for x in base.model.parameters()} == {dtype}
+    new = load_base(saved("llama"), kind="classification", num_labels=5, dtype=dtype).head_weights["score.weight"]
+    assert new.dtype == torch.float32 and not torch.equal(new, new.bfloat16().float())
 
 
 def test_a_base_with_random_layers_is_refused(saved: Callable[[str], str]) -> None:

@@ -14,8 +14,8 @@ from torch import nn
 from fedloom import lora
 from fedloom.core import Group
 from fedloom.errors import ModelError
-from fedloom.models.huggingface import find_sites, is_conv1d
-from fedloom.models.peft import WEIGHTS, head_group, merge, read_adapter, write_adapter
+from fedloom.models.huggingface import find_sites, head_group, is_conv1d
+from fedloom.models.peft import WEIGHTS, merge, read_adapter, write_adapter
 
 Tiny = Callable[[str], nn.Module]
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedloom.errors import ConfigError
 from fedloom.runs import config
+from fedloom.runs.plan import absolute, plan
 
 MINIMAL: dict[str, Any] = {"model": {"name": "m"}, "task": {"data": "d"}, "method": {"name": "fedit"}}
 
@@ -56,3 +59,22 @@ BEYOND = [
 def test_a_number_beyond_reason_is_refused(section: str, key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"it: {section}\.{key}: got .*, expected (less|greater) than or equal to"):
         config.parse(MINIMAL | {section: {key: value}}, "it")
+
+
+def test_an_own_method_is_found_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_one.py").write_text("from fedloom.methods.fedit import FedIT\n\n\nclass Mine(FedIT):\n    pass\n")
+    (tmp_path / "json.py").write_text("raise AssertionError('a file of the folder hides no library')\n")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    for method in ({"name": "own_one:Mine"}, {"name": "fslora", "over": {"name": "own_one:Mine"}}):
+        assert "Mine" in repr(plan(config.parse(MINIMAL | {"method": method}, "it")).method)
+    assert sys.path == before
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        plan(config.parse(MINIMAL | {"method": {"name": "own_none:Mine"}}, "it"))
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "x/" * 3000])
+def test_a_path_that_is_none_is_one_error(name: str) -> None:
+    for section, key in (("model", "name"), ("task", "data")):
+        with pytest.raises(ConfigError, match=r"is no path that can be read: "):
+            absolute(config.parse(MINIMAL | {section: {key: name}}, "it"))

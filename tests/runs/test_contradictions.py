@@ -107,6 +107,19 @@ def test_wrong_metrics_are_told_before_the_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+def test_flower_is_there_before_anything_is_written(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = {"name": "flower", "superlink": "h:1", "root_certificates": "nowhere.crt"}
+    with pytest.raises(ConfigError, match=r"there is no file 'nowhere\.crt'"):
+        fedloom.run(settings(engine=engine), tmp_path / "run")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    with pytest.raises(ConfigError, match=r"is not installed, which engine\.name = 'flower' needs"):
+        fedloom.run(settings(engine={"name": "flower"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 LATE: list[tuple[dict[str, dict[str, Any]], type[FedloomError], str]] = [
     ({"task": {"eval_data": "eval.csv"}}, DataError, "label 'animal'"),
     ({"task": {"text": ["text", "site", "label"]}}, DataError, "got 3 text columns"),

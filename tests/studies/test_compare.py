@@ -110,6 +110,7 @@ def test_a_study_killed_twice_goes_on(run_file: Path, tmp_path: Path) -> None:
         process.wait()
     whole = {path for path in out.glob("*/*") if results.finished(path)}
     assert 0 < len(whole) < 8
+    assert {line.label for line in summary.read([out]).lines}  # what has ended can be reported
     before = {path: (path / "rounds.jsonl").stat().st_mtime_ns for path in whole}
     assert call(["compare", str(file), "--out", str(out)]) == 0
     assert before == {path: (path / "rounds.jsonl").stat().st_mtime_ns for path in whole}

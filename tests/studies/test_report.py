@@ -209,6 +209,11 @@ def test_a_report_of_runs_and_of_one_run(
     assert call(["report", str(runs[0]), "--out", str(out), "--figures", "pdf"]) == 0
     assert "Round by round" in out.read_text() and f"report:  {out}" in capsys.readouterr().out
     assert (tmp_path / "one-rounds.pdf").read_bytes().startswith(b"%PDF")
+    assert call(["report", str(runs[0]), "--out", str(out), "--score", "loss"]) == 0
+    assert "loss, smaller is better" in out.read_text()
+    capsys.readouterr()
+    assert call(["report", str(runs[0]), "--out", str(out), "--score", "bleu"]) == 2
+    assert "no run has a score named 'bleu'" in capsys.readouterr().err
     assert call(["report", str(tmp_path / "nowhere")]) == 2
     assert "is no run directory" in capsys.readouterr().err
     assert call(["report", str(runs[0]), "--out", str(out), "--figures", "gif"]) == 2
@@ -251,3 +256,33 @@ def test_a_browser_shows_it_without_network(width: int, dark: bool, tmp_path: Pa
     for colour in ((0x6D, 0xB3, 0xFF), (0xFF, 0x9A, 0x5C)) if dark else ((0x0B, 0x6B, 0xCB), (0xD1, 0x54, 0x0A)):
         assert int((np.abs(pixels - colour).max(axis=2) < 12).sum()) > 200
     assert np.abs(pixels[:, -3:] - background).max() < 8
+
+
+def test_rounds_are_whole_numbers_and_few_curves_are_marked_one_by_one() -> None:
+    page = web.render(compared({"a": [0.8, 0.82, 0.81], "b": [0.7, 0.73, 0.71]}))
+    rounds = page.split("<figure>")[1]
+    ticks = re.findall(r'text-anchor="middle">([\d.]+)</text>', rounds)
+    assert ticks == ["0", "1", "2"]
+    assert rounds.count("<circle") == 6 and "a: 0.81 at 2 rounds" in rounds
+
+
+def test_seeds_are_averaged_within_a_draw_and_the_spread_is_split() -> None:
+    # As in the statistics' own case by hand: partition 0, interaction 1.75, seed 0.5 (here in hundredths).
+    table = {"a": [[0.5, 1.5], [1.5, 2.5], [2.5, 3.5]], "b": [[2.5, 3.5], [5.5, 6.5], [2.5, 3.5]]}
+    traces = {
+        label: [
+            trace(label, draw, [0.0, x / 10], seed=seed) for draw, row in enumerate(rows) for seed, x in enumerate(row)
+        ]
+        for label, rows in table.items()
+    }
+    found = summarise("made", "accuracy", traces, dict.fromkeys(traces, "method"))
+    assert found.lines[0].by_draw == pytest.approx({0: 0.1, 1: 0.2, 2: 0.3})
+    assert found.pairs[0].gain.n == 3 and found.pairs[0].gain.mean == pytest.approx(-0.2)
+    assert found.split is not None and found.split.seed is not None
+    assert (found.split.partition, found.split.interaction, found.split.seed) == pytest.approx((0, 0.0175, 0.005))
+    assert "partition 0 %, method x partition 78 %, training seed 22 %" in web.render(found)
+
+
+def test_megabytes_are_counted_as_on_the_leaderboard() -> None:
+    run = [trace("a", 0, [0.1, 0.2, 0.3], up=1024**2, down=3 * 1024**2 // 2)]
+    assert "leaderboard counts: a 5.00." in web.render(summarise("made", "accuracy", {"a": run}, {"a": "method"}))

@@ -120,7 +120,7 @@ def test_controls_train_as_much_as_the_clients_together(write: Write) -> None:
     pooled, alone = (
         next(c for c in cells.cells(made, chosen(made)) if c.label == x).config() for x in ("pooled", "alone")
     )
-    assert (pooled.clients.count, pooled.clients.keep, pooled.train.local_steps) == (1, 1.0, 15)
+    assert (pooled.clients.count, pooled.clients.keep, pooled.train.local_steps) == (1, 1.0, 10)
     assert (alone.clients.count, alone.clients.fraction, alone.train.local_steps) == (3, 1.0, 5)
 
 
@@ -139,3 +139,33 @@ def test_wrappers_and_quoted_keys(write: Write) -> None:
     config = next(iter(cells.cells(made, chosen(made)))).config()
     assert config.train.lr == 0.5
     assert json.loads(json.dumps(config.method.model_dump()))["over"] == {"name": "fedex_lora"}
+
+
+ROOT = Path(__file__).parents[2]
+WRITTEN = [
+    path for path in (*ROOT.glob("benchmarks/studies/*.toml"), ROOT / "examples/study.toml") if path.stem != "base"
+]
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.stem)
+def test_studies_of_the_repository_are_right(path: Path) -> None:
+    made = study.load(path)
+    cells.check(made, path.name)
+    assert made.file.draws >= 5 and len(made.file.methods) >= 3
+
+
+def test_the_study_at_equal_bytes_plans_equal_ranks_times_rounds() -> None:
+    made = study.load(ROOT / "benchmarks/studies/bytes.toml")
+    planned = {c.label: c.config() for c in cells.cells(made, chosen(made)) if c.role == "method" and c.draw == 0}
+    sent = {label: (c.clients.ranks or c.lora.rank) * c.train.rounds for label, c in planned.items()}  # type: ignore[operator]
+    assert set(sent.values()) == {24} and len(sent) == 5
+
+
+def test_the_example_in_the_documentation_is_right(settings: Settings, tmp_path: Path) -> None:
+    text = (ROOT / "docs/compare.md").read_text().split("```toml\n")[1].split("```")[0]
+    (tmp_path / "study.toml").write_text(text)
+    values = settings(lora={"rank": 8}, clients={"ranks": [2, 4, 8]})
+    (tmp_path / "run.toml").write_text(RunConfig.model_validate(values).to_toml())
+    made = study.load(tmp_path / "study.toml")
+    cells.check(made, "study.toml")
+    assert list(made.file.methods) == ["fedit", "fslora", "fslora over fedex"] and made.file.budget is not None

@@ -12,14 +12,16 @@ import typer
 from click import ClickException
 
 from fedloom.cli import flower, privacy, studies
+from fedloom.cli.help import Command, Group
 from fedloom.cli.show import err, finished, out, resumable, say
 from fedloom.errors import ConfigError, FedloomError
 
 app = typer.Typer(
     name="fedloom",
+    cls=Group,
     help="Federated LoRA fine-tuning of language models, where the method is a choice.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,10 +36,11 @@ def _quiet() -> None:
     hub.quiet()
 
 
-@app.command()
+@app.command(cls=Command)
 def run(
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE.toml]", help="A run file; without one, the packaged quickstart.")
+        Path | None,
+        typer.Argument(metavar="[FILE.toml]", help="A run file, or recipe:NAME (default: the quickstart)."),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -46,6 +49,7 @@ def run(
     out_: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="The run directory to make (default: below runs/).")
     ] = None,
+    stand_in: studies.StandIn = False,
 ) -> None:
     """Train: from a run file to a PEFT adapter.
 
@@ -57,14 +61,17 @@ def run(
     from fedloom.runs import run as runs
 
     quickstart = Path(__file__).parent.parent / "quickstart.toml"
-    settings = config.load(file if file is not None else quickstart, set_ or [])
+    file_or_quickstart = file if file is not None else quickstart
+    values = studies.recipe_values(file_or_quickstart, stand_in)
+    values = values if values is not None else config.read_toml(file_or_quickstart)
+    settings = config.parse(config.override(values, set_ or []), str(file_or_quickstart))
     path = out_ if out_ is not None else runs.free_name(settings)
     with resumable(path), Terminal(out) as terminal:
         result = runs.start(settings, path, terminal)
     finished(result, file or "")
 
 
-@app.command()
+@app.command(cls=Command)
 def resume(
     path: RunPath,
     round_: Annotated[
@@ -89,7 +96,7 @@ def resume(
     finished(result, path / "run.toml")
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(path: RunPath, client: ClientOption = None) -> None:
     """Score a finished run again, from the adapter that it saved.
 
@@ -102,7 +109,7 @@ def evaluate(path: RunPath, client: ClientOption = None) -> None:
         out.print(f"{name} {value:.6f}")
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     path: RunPath,
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="A new directory.")],
@@ -120,7 +127,7 @@ def export(
     say(f"{'model' if merge else 'adapter'}: {dest}")
 
 
-@app.command()
+@app.command(cls=Command)
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
@@ -134,7 +141,44 @@ def methods(
     tables.print_methods(out, name, json)
 
 
-@app.command()
+@app.command(cls=Command)
+def keys(
+    section: Annotated[str | None, typer.Argument(metavar="[SECTION]", help="One section, such as train.")] = None,
+) -> None:
+    """The keys of a run file, with their defaults and meanings.
+
+    Example: fedloom keys train
+    """
+    from fedloom.cli.keys import print_keys
+
+    print_keys(out, section)
+
+
+@app.command(cls=Command)
+def init(
+    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="The run file to write.")] = Path("run.toml"),
+    kind: Annotated[
+        str, typer.Option(metavar="KIND", help="classification, regression or causal-lm.")
+    ] = "classification",
+) -> None:
+    """Write a run file in which every key is explained.
+
+    Example: fedloom init --kind causal-lm my.toml
+    """
+    from fedloom.cli.starter import starter
+
+    text = starter(kind)
+    try:
+        with file.open("x", encoding="utf-8") as opened:
+            opened.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{file} exists, expected the name of a new file: choose another, or remove it") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written ({error.strerror}): choose another place") from None
+    say(f"wrote {file}; next: fedloom run {file}")
+
+
+@app.command(cls=Command)
 def sensitivity(path: RunPath) -> None:
     """How much directions and magnitudes of A and B change in a round of training, for every convention and reference.
 
@@ -147,7 +191,7 @@ def sensitivity(path: RunPath) -> None:
     tables.print_sensitivity(out, report.measure(path))
 
 
-@app.command()
+@app.command(cls=Command)
 def allocate(
     file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="A fleet: devices, band, model, limits.")],
     solver: Annotated[str, typer.Option(help="bnb: the proven optimum; psca: fast.")] = "bnb",
@@ -175,7 +219,7 @@ def allocate(
     allocate_command(file, solver, json, out_, time_limit_s, sweep, constants_from, seed)
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(path: RunPath) -> None:
     """Recompute the hashes in a run's manifest.
 
@@ -195,19 +239,20 @@ def verify(path: RunPath) -> None:
         raise typer.Exit(1)
 
 
-app.command()(studies.compare)
-app.command()(studies.report)
-app.command()(privacy.plan)
-app.command()(privacy.audit)
-app.command()(flower.serve)
-app.command()(flower.node)
+app.command(cls=Command)(studies.compare)
+app.command(cls=Command)(studies.report)
+app.command(cls=Command)(studies.recipes)
+app.command(cls=Command)(privacy.plan)
+app.command(cls=Command)(privacy.audit)
+app.command(cls=Command)(flower.serve)
+app.command(cls=Command)(flower.node)
 
 
 def call(args: list[str] | None = None) -> int:
     """Run a command line (by default the process's own); errors become one message, and the exit code is returned."""
     try:
         # Without standalone mode an exit, Ctrl-C among them, comes back as its code; commands themselves return None.
-        code = app(args, standalone_mode=False)
+        code = app(args, prog_name="fedloom", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return 130

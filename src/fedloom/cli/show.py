@@ -13,6 +13,7 @@ from rich.text import Text
 from fedloom.text import printable
 
 if TYPE_CHECKING:
+    from fedloom.runs.config import RunConfig
     from fedloom.runs.run import Result
 
 
@@ -47,11 +48,24 @@ def resumable(path: Path) -> Iterator[None]:
 
 
 def finished(result: Result, file: Path | str) -> None:
-    """What came of a run. `file` is its run file, "" the quickstart's."""
+    """What came of a run, and its report if it asks for one. `file` is its run file, "" the quickstart's."""
+    from fedloom.runs.run_directory import RunDirectory
+    from fedloom.studies import web
+
+    web.if_asked(result.path)
     again = f"fedloom run {file}".rstrip()
     scores = ", ".join(f"{name} {value:.4f}" for name, value in result.eval.items() if value is not None)
     say(f"\nheld-out {scores}" if scores else "")
     say(f"adapter: {result.adapter_dir}")
     say(f"next:    fedloom evaluate {result.path}")
     say(f"         fedloom export {result.path} my-adapter [--merge]")
-    say(f"         {again} --set method.name=fedit   (fedloom methods lists the others)")
+    if (other := _another(RunDirectory.open(result.path).config())) is not None:
+        say(f"         {again} --set method.name={other}   (fedloom methods lists the others)")
+
+
+def _another(config: RunConfig) -> str | None:
+    """A method to compare with, one that follows the budgets of this run file."""
+    if config.clients.keep != 1.0:
+        return None
+    names = ("fedit", "fedex_lora") if config.clients.ranks is None else ("flexlora", "hetlora")
+    return next(name for name in names if name != config.method.name)

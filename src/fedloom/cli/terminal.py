@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.cli.show import Plain
+from fedloom.flows import title
 from fedloom.runs.experiment import Experiment
 from fedloom.runs.run import Observer
 from fedloom.text import printable
@@ -65,12 +66,15 @@ class Terminal(Observer):
         grid.add_row(spinner)
         self.live.update(grid)
 
+    def warning(self, what: str) -> None:
+        self.console.print(f"warning: {what}", style="yellow", soft_wrap=self.live is None)
+
     def assembled(self, experiment: Experiment) -> None:
         c, method, parts = experiment.config, experiment.method, experiment
         trained = parts.parameters[0]
         head = sum(x.numel() for group in parts.head.values() for x in group.values())
         self.console.print(
-            f"{method.name} on {c.task.data}: {len(parts.clients)} clients, "
+            f"{title(method)} on {c.task.data}: {len(parts.clients)} clients, "
             f"{len(parts.rows.train)} training rows, {len(parts.rows.eval)} held out",
             soft_wrap=self.live is None,  # a line of a log is one line
         )

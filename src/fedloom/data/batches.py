@@ -36,6 +36,8 @@ class Encoded:
     """(n,) for a causal LM: index within the row of the first answer token. The loss counts from there on."""
     token_types: NDArray[np.int8] | None = None
     """As `tokens`: 1 on the second text of a BERT sentence pair."""
+    counted: NDArray[np.bool_] | None = None
+    """As `tokens`, for conversations: whether the loss counts the token; None where it counts all from `starts` on."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -62,6 +64,7 @@ class Encoded:
             targets=None if self.targets is None else self.targets[index],
             starts=None if self.starts is None else self.starts[index],
             token_types=None if self.token_types is None else self.token_types[where],
+            counted=None if self.counted is None else self.counted[where],
         )
 
 
@@ -126,7 +129,7 @@ class Targets:
 
 
 def targets(parts: Sequence[ClientRows]) -> Targets:
-    """The labels of each client's rows, or the answer tokens that a causal LM predicts: all from `starts` on."""
+    """The labels of each client's rows, or the tokens that a causal LM predicts: those `counted`, or all from `starts` on."""
     b = max(len(rows) for _, rows in parts)
     labels, owner, row, position = [], [], [], []
     for k, (data, rows) in enumerate(parts):
@@ -134,6 +137,15 @@ def targets(parts: Sequence[ClientRows]) -> Targets:
             assert data.targets is not None, "labelled rows have targets"
             counts, first = np.ones(len(rows), np.int64), np.zeros(len(rows), np.int64)
             labels.append(data.targets[rows])
+        elif data.counted is not None:
+            lengths = data.lengths_of(rows)
+            within = spans(np.zeros_like(lengths), lengths)
+            chosen = data.counted[spans(data.offsets[rows], lengths)] & (within > 0)
+            labels.append(data.tokens[spans(data.offsets[rows], lengths)][chosen].astype(np.int64))
+            row.append(np.repeat(k * b + np.arange(len(rows)), lengths)[chosen])
+            position.append(within[chosen] - 1)
+            owner.append(np.full(len(position[-1]), k))
+            continue
         else:
             first = np.maximum(data.starts[rows], 1) - 1  # token i + 1 is predicted from token i
             counts = data.lengths_of(rows) - first - 1

@@ -124,7 +124,7 @@ def _records(path: Path, rows: Iterator[tuple[str, dict[str, Any]]]) -> Dataset:
     except (pa.ArrowException, TypeError, ValueError, OverflowError, RecursionError) as error:
         for name, values in columns.items():
             _uniform(name, values, [where for where, _ in found])
-        raise DataError(f"{path} cannot be read as a table: {error}") from error
+        raise DataError(f"{path} cannot be read as a table: {_first_line(error)}") from error
 
 
 def _few_columns(path: Path, count: int) -> None:
@@ -154,6 +154,7 @@ def _uniform(name: str, values: list[Any], where: list[str]) -> None:
 def _table(path: Path, text: str, delimiter: str) -> Dataset:
     import datasets
     import pandas as pd  # type: ignore[import-untyped]  # ships no types
+    import pyarrow as pa
 
     # Python's reader checks the shape, pandas finds the types: pandas alone fills short rows without a word.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -171,11 +172,11 @@ def _table(path: Path, text: str, delimiter: str) -> Dataset:
                     f"{_short(delimiter.join(row))}; put fields that hold {delimiter!r} in double quotes"
                 )
         frame = pd.read_csv(io.StringIO(text, newline=""), sep=delimiter, keep_default_na=False, na_values=[""])
-    except (csv.Error, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}, line {reader.line_num} is not a table: {error}") from error
-    return datasets.Dataset.from_pandas(frame, preserve_index=False)
+        return datasets.Dataset.from_pandas(frame, preserve_index=False)
+    except DataError:
+        raise
+    except (csv.Error, ValueError, TypeError, OverflowError, pa.ArrowException) as error:
+        raise DataError(f"{path}, line {reader.line_num} is not a table: {_first_line(error)}") from error
 
 
 def _parquet(path: Path) -> Dataset:

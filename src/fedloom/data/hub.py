@@ -23,9 +23,6 @@ def quiet() -> None:
     constants = sys.modules.get("huggingface_hub.constants")
     if constants is not None:
         constants.HF_HUB_DISABLE_TELEMETRY = True  # type: ignore[attr-defined]  # a module read through sys.modules
-    telemetry = sys.modules.get("flwr_datasets.common.telemetry")
-    if telemetry is not None:
-        telemetry.FLWR_TELEMETRY_ENABLED = "0"  # type: ignore[attr-defined]
 
 
 def online() -> bool:

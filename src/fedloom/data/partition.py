@@ -1,23 +1,20 @@
-"""Who has which rows: flwr-datasets' partitioners behind one function, from a seed to lists of row numbers.
+"""Who has which rows: from a seed to lists of row numbers, in time linear in rows and clients.
 
 Dirichlet label skew: Yurochkin et al., arXiv 1905.12022; pathological label skew: McMahan et al., arXiv 1602.05629.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import re
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fedloom.data import hub
 from fedloom.data.load import require
 from fedloom.disk import write
 from fedloom.errors import DataError, nearest
@@ -31,7 +28,8 @@ Partition = dict[str, list[int]]
 
 SCHEMES = ("iid", "dirichlet", "pathological", "by-field", "by-length")
 
-_DRAWS = 20  # draws of a skewed partition before giving up; the Dirichlet partitioner repeats each ten times itself
+_SEEDS = 20  # of a skewed partition, before giving up
+_DRAWS = 11  # of Dirichlet shares from one seed
 
 
 def partition(
@@ -123,13 +121,12 @@ def _column(ds: Dataset, scheme: str, role: str, name: str | None) -> str:
     return name
 
 
-def _equal(order: np.ndarray[Any, Any], count: int) -> list[list[int]]:
-    partitioners = _partitioners()
-    return _deal(partitioners.IidPartitioner(count), order, None)
+def _equal(order: NDArray[np.int64], count: int) -> list[list[int]]:
+    return [np.sort(rows).tolist() for rows in np.array_split(order, count)]
 
 
 def _by_length(ds: Dataset, count: int, field: str, seed: int) -> list[list[int]]:
-    lengths = np.asarray([len(str(text)) for text in ds[field]])
+    lengths = np.asarray([len(str(text)) for text in ds[field][:]])
     order = np.random.default_rng(seed_of(seed, "length")).permutation(len(ds))
     return _equal(order[np.argsort(lengths[order], kind="stable")], count)
 
@@ -139,90 +136,104 @@ def _dirichlet(ds: Dataset, count: int, label: str, seed: int, alpha: float, min
         raise DataError(
             f"got alpha {alpha}, expected a number above 0 (small is skewed, 100 is nearly iid): change alpha in [clients]"
         )
-    partitioners = _partitioners()
+    classes = _classes(ds, label)[1]
 
-    def draw(seed: int) -> Any:
-        return partitioners.DirichletPartitioner(count, "by", float(alpha), min_partition_size=min_rows, seed=seed)
+    def draw(rng: np.random.Generator) -> NDArray[np.int64] | None:
+        for _ in range(_DRAWS):
+            owner = np.empty(len(ds), np.int64)
+            for rows in classes:
+                shares = rng.dirichlet(np.full(count, float(alpha)))
+                bounds = (np.cumsum(shares) * len(rows)).astype(np.int64)[:-1]
+                owner[rows] = np.repeat(np.arange(count), np.diff(bounds, prepend=0, append=len(rows)))
+            if np.bincount(owner, minlength=count).min() >= min_rows:
+                return owner
+        return None
 
-    advice = "raise alpha, or use fewer clients"
-    return _drawn(ds, label, draw, (seed, "dirichlet"), f"Dirichlet({alpha}) shares for {count} clients", advice)
+    what = f"Dirichlet({alpha}) shares of {len(ds)} rows for {count} clients"
+    why = f"a client had fewer than {min_rows} rows"
+    return _drawn(draw, count, (seed, "dirichlet"), what, f"({why}): raise alpha, or use fewer clients")
 
 
-def _pathological(ds: Dataset, count: int, label: str, seed: int, classes: int) -> list[list[int]]:
-    known = len(set(ds[label]))
-    if not 1 <= classes <= known or classes * count < known:
+def _pathological(ds: Dataset, count: int, label: str, seed: int, wanted: int) -> list[list[int]]:
+    classes = _classes(ds, label)[1]
+    known = len(classes)
+    if not 1 <= wanted <= known or wanted * count < known:
         raise DataError(
-            f"{count} clients of {classes} classes cannot hold the {known} classes of column {label!r} between them: set "
+            f"{count} clients of {wanted} classes cannot hold the {known} classes of column {label!r} between them: set "
             f"classes_per_client from {-(-known // count)} to {known}"
         )
-    partitioners = _partitioners()
 
-    def draw(seed: int) -> Any:
-        return partitioners.PathologicalPartitioner(
-            count, "by", classes, class_assignment_mode="first-deterministic", seed=seed
-        )
+    def draw(rng: np.random.Generator) -> NDArray[np.int64] | None:
+        owners: list[list[int]] = [[] for _ in classes]
+        for client in range(count):
+            mine = [client % known]  # so that every class has an owner where there are enough clients
+            while len(mine) < wanted:
+                drawn = int(rng.integers(known, size=1)[0])
+                if drawn not in mine:
+                    mine.append(drawn)
+            for k in mine:
+                owners[k].append(client)
+        if any(not 1 <= len(who) <= len(rows) for who, rows in zip(owners, classes, strict=True)):
+            return None
+        owner = np.empty(len(ds), np.int64)
+        for who, rows in zip(owners, classes, strict=True):
+            whole, more = divmod(len(rows), len(who))
+            owner[rows] = np.repeat(who, np.where(np.arange(len(who)) < more, whole + 1, whole))
+        return owner
 
-    advice = "raise classes_per_client, or change the number of clients"
-    return _drawn(ds, label, draw, (seed, "pathological"), f"{classes} classes each for {count} clients", advice)
+    what = f"{wanted} classes each for {count} clients of {len(ds)} rows"
+    advice = "(a class went to nobody, or to more clients than it has rows): change classes_per_client or count"
+    return _drawn(draw, count, (seed, "pathological"), what, advice)
 
 
 def _drawn(
-    ds: Dataset, label: str, draw: Callable[[int], Any], key: tuple[int, str], what: str, advice: str
+    draw: Callable[[np.random.Generator], NDArray[np.int64] | None],
+    count: int,
+    key: tuple[int, str],
+    what: str,
+    advice: str,
 ) -> list[list[int]]:
-    """The first of some draws that leaves no client empty and no row over."""
-    reason = ""
-    labels = [str(x) for x in ds[label]]
-    for attempt in range(_DRAWS):
-        try:
-            rows = _deal(draw(seed_of(*key, attempt) % 2**32), np.arange(len(ds)), labels)
-        except ValueError as error:
-            reason = str(error).splitlines()[0]
-            continue
-        if sum(map(len, rows)) == len(ds):
-            return rows
-        reason = "some classes went to nobody"
-    raise DataError(f"{what} of {len(ds)} rows were drawn {_DRAWS} times and none would do ({reason}): {advice}")
+    """The first of some draws of an owner for each row that leaves no client too few and no class to nobody."""
+    for attempt in range(_SEEDS):
+        owner = draw(np.random.default_rng(seed_of(*key, attempt) % 2**32))
+        if owner is not None:
+            return _grouped(owner, count)
+    raise DataError(f"{what} were drawn {_SEEDS} times and none would do {advice}")
 
 
 def _by_field(ds: Dataset, count: int | None, field: str) -> Partition:
-    values = [str(x) for x in ds[field]]
-    known = sorted(set(values))
+    known, rows = _classes(ds, field)
     if count is not None and count != len(known):
         some = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
         raise DataError(
             f"column {field!r} has {len(known)} values ({some}), got {count} clients: set count = {len(known)}"
         )
-    partitioners = _partitioners()
-    rows = _deal(partitioners.NaturalIdPartitioner("by"), np.arange(len(ds)), values)
     ids: list[str] = []
-    for value in known:  # natural ids are numbered in sorted order
+    taken = {"server"}
+    for value in known:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", value).strip("-.")[:60] or "client"
-        taken = {"server", *(x.lower() for x in ids)}  # ids name directories, which may not tell upper from lower case
         unique, n = name, 2
-        while unique.lower() in taken:
+        while unique.lower() in taken:  # ids name directories, which may not tell upper from lower case
             unique, n = f"{name}-{n}", n + 1
+        taken.add(unique.lower())
         ids.append(unique)
-    return dict(sorted(zip(ids, rows, strict=True)))
+    return dict(sorted(zip(ids, (x.tolist() for x in rows), strict=True)))
 
 
-def _deal(partitioner: Any, order: np.ndarray[Any, Any], by: list[str] | None) -> list[list[int]]:
-    """Run a partitioner over row numbers, with the column that it goes by beside them."""
-    import datasets
-
-    columns: dict[str, Any] = {"row": order.tolist()}
-    if by is not None:
-        columns["by"] = by
-    partitioner.dataset = datasets.Dataset.from_dict(columns)
-    # Its warnings say that a draw is repeated, and its progress bars come too late to be of use.
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        return [sorted(partitioner.load_partition(k)["row"]) for k in range(partitioner.num_partitions)]
+def _classes(ds: Dataset, column: str) -> tuple[list[str], Sequence[NDArray[np.int64]]]:
+    """The values of a column as text, sorted, and the rows of each, ascending."""
+    values = [str(x) for x in ds[column][:]]
+    known = sorted(set(values))
+    number = {value: i for i, value in enumerate(known)}
+    codes = np.fromiter((number[x] for x in values), np.int64, len(values))
+    return known, _split(codes, len(known))
 
 
-def _partitioners() -> Any:
-    hub.quiet()
-    # The package imports a plotting library, which may announce on stderr that it looks for fonts.
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from flwr_datasets import partitioner
-    return partitioner
+def _grouped(owner: NDArray[np.int64], count: int) -> list[list[int]]:
+    return [rows.tolist() for rows in _split(owner, count)]
+
+
+def _split(owner: NDArray[np.int64], count: int) -> Sequence[NDArray[np.int64]]:
+    """The rows of each owner, ascending."""
+    bounds = np.cumsum(np.bincount(owner, minlength=count))[:-1]
+    return np.split(np.argsort(owner, kind="stable"), bounds)

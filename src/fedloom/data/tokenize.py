@@ -133,7 +133,7 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, template: str |
                 f"template 'chat' needs a tokenizer with a chat template, and this one has none: use one of "
                 f"{', '.join(TEMPLATES)}, or a string with {{prompt}} in it"
             )
-        texts = _in_chat_template(prompts, tokenizer)
+        texts = in_chat_template([([{"role": "user", "content": x}], True) for x in prompts], tokenizer)
         special = False  # a chat template writes its special tokens itself
     else:
         form = TEMPLATES.get(name, name)
@@ -153,15 +153,16 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, template: str |
     return [row or [_pad_id(tokenizer) if begin is None else begin] for row in rows]
 
 
-def _in_chat_template(prompts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
-    """The prompts as a user's turn. The template is a program of the model's author: it may fail, or never end."""
+def in_chat_template(conversations: Sequence[tuple[list[dict[str, str]], bool]], tokenizer: Tokenizer) -> list[str]:
+    """(turns, whether an answer follows) -> text.
+
+    A template is a program of the model's author: it may fail, or never end.
+    """
     try:
         with _time_limit(_TEMPLATE_S):
             return [
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": x}], tokenize=False, add_generation_prompt=True
-                )
-                for x in prompts
+                tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer)
+                for turns, answer in conversations
             ]
     except Exception as error:  # whatever a template raises, or what its sandbox does
         raise ModelError(

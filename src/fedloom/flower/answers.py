@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from fedloom.client import BUDGETS, Client, Failure
+from fedloom.core import METRICS
 from fedloom.engine import Answer
 from fedloom.flower import codec
 from fedloom.flower.message import WireError, printable
@@ -17,8 +18,7 @@ from fedloom.state import State
 MOST_CLIENTS = 10_000
 """That one node may announce."""
 MOST_EXAMPLES = 10**9
-METRICS = frozenset({"loss", "loss_max", "grad_norm_max", "steps", "samples", "tokens"})
-"""What training reports of a client; other names are passed over."""
+_METRICS = frozenset({"loss", *METRICS})
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LONGEST_TRAINING_S = 1e7
@@ -101,7 +101,7 @@ def _result(
         return Failure(asked, "its node answered without it")
     if "failure" in said:
         return Failure(asked, printable(said["failure"]))
-    metrics = {name: x for name, x in numbers(said.get("metrics")).items() if name in METRICS}
+    metrics = {name: x for name, x in numbers(said.get("metrics")).items() if name in _METRICS}
     if form is None:
         return Answer(asked, {}, metrics)
     if blob is None:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedloom.client import Failure
 from fedloom.core import Exchange, Method, Round, Trained, Work
-from fedloom.engine import Answer, Job, Total
-from fedloom.errors import MethodError
+from fedloom.engine import Answer, Job, Total, asked_too_often, ended_too_soon
 from fedloom.flower import answers
 
 if TYPE_CHECKING:
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
 class RemoteVisits:
     """Visits that nodes hold in their memory between exchanges.
 
-    Whether a visit waits for a further exchange is its node's word. Only if all nodes say what the method's server contradicts
-    is it the method's mistake; otherwise it is theirs who say so.
+    Whether a visit waits for a further exchange is its node's word. Only if those of all the round's clients say what the
+    method's server contradicts is it the method's mistake; otherwise it is theirs who say so.
     """
 
     def __init__(self, coordinator: Coordinator, method: Method, round: Round) -> None:
@@ -41,22 +40,16 @@ class RemoteVisits:
 
     def close(self, live: Collection[str]) -> None:
         waiting = [key for key in live if key in self._waiting]
-        if waiting and len(waiting) == len(live):
-            raise MethodError(
-                f"round {self._round.t} ended while clients {', '.join(waiting)} await an answer to Send: "
-                "`server` must await one exchange more than `client` sends"
-            )
+        if waiting and len(waiting) == len(self._round.clients):
+            raise ended_too_soon(self._round.t, ", ".join(waiting))
         if waiting:
             self._coordinator.note(f"the visits of {', '.join(waiting)} had not ended when those of the others had")
 
     def _ended(self, jobs: list[Job]) -> list[Job]:
-        """Who cannot be asked again. Raises MethodError if nobody can."""
+        """Who cannot be asked again. Raises MethodError if nobody in the round can."""
         ended = [job for job in jobs if job[0].id not in self._waiting]
-        if jobs and len(ended) == len(jobs):
-            raise MethodError(
-                f"round {self._round.t} goes on, but the visit of client {jobs[0][0].id!r} has ended: "
-                "`client` must await Send once for each exchange but the last"
-            )
+        if jobs and len(ended) == len(self._round.clients):
+            raise asked_too_often(self._round.t, jobs[0][0])
         return ended
 
     def _answers(self, jobs: list[Job]) -> Iterator[Answer | Failure]:

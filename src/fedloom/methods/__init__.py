@@ -143,7 +143,7 @@ def _table(over: object, where: str) -> Mapping[str, Any]:
     if isinstance(over, str):
         warnings.warn(
             f'[{where}] over = "{over}" is the old form: write [{where}.over] with name = "{over}"',
-            DeprecationWarning,
+            FutureWarning,
             stacklevel=3,
         )
         return {"name": over}

@@ -40,6 +40,7 @@ class FedALT(LoRA):
 
     name: ClassVar[str] = "fedalt"
     paper: ClassVar[str] = "Bian et al., FedALT: Adaptive Local Training with Rest-of-World LoRA, arXiv 2503.11880"
+    group: ClassVar[str] = "personal"
     personal_models = True
 
     def init(self, sites: Sites, rng: torch.Generator) -> State:

@@ -42,6 +42,7 @@ class FedLEASEClusters(LoRA):
 
     name: ClassVar[str] = "fedlease_clusters"
     paper: ClassVar[str] = "Wang et al., Adaptive LoRA Experts Allocation and Selection (its clustering), NeurIPS 2025"
+    group: ClassVar[str] = "personal"
     personal_models = True
     serves_personal_models = True
 

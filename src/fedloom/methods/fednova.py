@@ -16,15 +16,15 @@ import torch
 from fedloom import lora
 from fedloom.core import Client, Mean, Round, Visit, Work
 from fedloom.flows import Over, need_mean, need_trained, relay, untrained
-from fedloom.spec import Leaf
-from fedloom.state import State
+from fedloom.spec import Leaf, Spec
+from fedloom.state import Group, State, only
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedNova(Over):
     """The mean of x + tau_eff d_k in place of the mean of x_k: the same where all clients trained alike.
 
-    Clients upload d_k, and tau_k as role `nova_tau`; both are averaged, so that a secure sum can serve it.
+    Clients upload d_k as roles `nova_A`, ... and tau_k as `nova_tau`; both are averaged, so that a secure sum can serve it.
     """
 
     name: ClassVar[str] = "fednova"
@@ -42,14 +42,16 @@ class FedNova(Over):
             if not isinstance(x, Mean):
                 return await x
 
-            def lift(client: Client, upload: State) -> State:
-                d, start = self.inner(upload), untrained(x, client)
-                moved = {role: {site: start[role][site] + v for site, v in group.items()} for role, group in d.items()}
-                return x.lift(client, moved) | self.mine(upload)
+            def expects(client: Client, sent: State) -> Spec:
+                d = {f"nova_{role}": group for role, group in x.expects(client, sent).items()}
+                return d | {"nova_tau": {"sum": Leaf((1,))}}
 
-            answer = await replace(
-                x, expects=lambda client, sent: x.expects(client, sent) | {"nova_tau": {"sum": Leaf((1,))}}, lift=lift
-            )
+            def lift(client: Client, upload: State) -> State:
+                d, start = _changes(upload), untrained(x, client)
+                moved = {role: {site: start[role][site] + v for site, v in group.items()} for role, group in d.items()}
+                return x.lift(client, moved) | only(upload, "nova_tau")
+
+            answer = await replace(x, expects=expects, lift=lift)
             still = lora.Mean()
             for client in answer.clients:
                 still.add(x.lift(client, untrained(x, client)), x.weight(client))
@@ -74,8 +76,17 @@ class FedNova(Over):
 
         sent, kept = await relay(self.over.client(received, own, visit), counted)
         tau = taus[0]  # of the first work, which trains what is sent
-        change = {
-            role: {site: (x - received[role][site]) / tau if tau else torch.zeros_like(x) for site, x in group.items()}
-            for role, group in sent.items()
-        }
-        return change | {"nova_tau": {"sum": torch.tensor([tau])}}, kept
+
+        def normalised(role: str, group: Group) -> Group:
+            return {s: (x - received[role][s]) / tau if tau else torch.zeros_like(x) for s, x in group.items()}
+
+        d = {f"nova_{role}": normalised(role, group) for role, group in sent.items()}
+        return d | {"nova_tau": {"sum": torch.tensor([tau])}}, kept
+
+    def spread(self, upload: State, received: State, visit: Visit) -> State:
+        return self.over.spread(_changes(upload), received, visit) | only(upload, "nova_tau")
+
+
+def _changes(upload: State) -> State:
+    """d_k under the names that the method below knows."""
+    return {role.removeprefix("nova_"): group for role, group in upload.items() if role != "nova_tau"}

@@ -19,12 +19,12 @@ from fedloom import lora
 from fedloom.core import Client, Each, Round, Visit, Work
 from fedloom.methods.base import LoRA
 from fedloom.spec import Spec, like
-from fedloom.state import Sites, State, only
+from fedloom.state import Group, Sites, State, only
 
 
 @dataclass(frozen=True, kw_only=True)
 class FLASC(LoRA):
-    """Sparse both ways: role `top` holds the values that are sent, and one bit for every entry of A and B, sent or not.
+    """Sparse both ways: roles `top` and `change` hold the values that are sent and a bit for every entry of A and B.
 
     Masks are of A and B together; the head goes whole (reading: the authors' upload mask covers it too).
     """
@@ -40,15 +40,15 @@ class FLASC(LoRA):
 
     async def server(self, state: State, round: Round) -> State:
         sent = self.serve(state, round.clients[0])
-        example = pack(only(state, "A", "B"), self.up)  # of the size of an upload
+        example = {"change": pack(only(state, "A", "B"), self.up)}  # of the size of an upload
 
         def expects(client: Client, sent: State) -> Spec:
-            return like(example, "top") | like(sent, "head")
+            return like(example, "change") | like(sent, "head")
 
         mean = lora.Mean()
         # Clients count alike, as in the authors' code.
         for upload in await Each(send=lambda client: sent, expects=expects, weight=lambda client: 1.0):
-            change = unpack(upload.state, round.sites, self.rank)
+            change = unpack(upload.state["change"], round.sites, self.rank)
             mean.add(change | only(upload.state, "head"), upload.weight)
         moved = {r: {s: x + mean.value[r][s] for s, x in state[r].items()} for r in ("A", "B")}
         return state | moved | only(mean.value, "head")
@@ -57,28 +57,29 @@ class FLASC(LoRA):
         work = self.model(received, own, visit)
         done = await work
         change = {r: {s: x - work.train[r][s] for s, x in done.state[r].items()} for r in ("A", "B")}
-        return pack(change, self.up) | only(done.state, "head"), {}
+        return {"change": pack(change, self.up)} | only(done.state, "head"), {}
 
     def serve(self, state: State, client: Client) -> State:
-        return pack(only(state, "A", "B"), self.down) | only(state, "head")
+        return {"top": pack(only(state, "A", "B"), self.down)} | only(state, "head")
 
     def model(self, received: State, own: State, visit: Visit) -> Work:
-        return Work(train=unpack(received, visit.sites, self.rank) | only(received, "head"), scale=self.scale)
+        train = unpack(received["top"], visit.sites, self.rank) | only(received, "head")
+        return Work(train=train, scale=self.scale)
 
 
-def pack(state: State, share: float) -> State:
+def pack(state: State, share: float) -> Group:
     """The largest entries of A and B, sites in sorted order: values (k,), and a bit for every entry, (n / 8,) bytes."""
     flat = torch.cat([x.flatten() for role in ("A", "B") for _, x in sorted(state[role].items())])
     k = max(1, int(flat.numel() * share))
     where = torch.zeros(flat.numel(), dtype=torch.bool)
     where[flat.abs().topk(k).indices] = True
     bits = pad(where, (0, -flat.numel() % 8)).view(-1, 8).to(torch.uint8) << torch.arange(8, dtype=torch.uint8)
-    return {"top": {"values": flat[where], "where": bits.sum(dim=1, dtype=torch.uint8)}}
+    return {"values": flat[where], "where": bits.sum(dim=1, dtype=torch.uint8)}
 
 
-def unpack(sent: State, sites: Sites, rank: int) -> State:
+def unpack(sent: Group, sites: Sites, rank: int) -> State:
     """Inverse of `pack`, zero elsewhere. Bits that do not match the values in number, which no client sends, name no more."""
-    values, packed = sent["top"]["values"], sent["top"]["where"]
+    values, packed = sent["values"], sent["where"]
     shapes = [("A", s, (rank, n)) for s, (_, n) in sorted(sites.items())]
     shapes += [("B", s, (m, rank)) for s, (m, _) in sorted(sites.items())]
     where = (packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten().nonzero().squeeze(1)

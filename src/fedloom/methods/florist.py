@@ -34,6 +34,7 @@ class FLoRIST(FLoRA):
 
     name: ClassVar[str] = "florist"
     paper: ClassVar[str] = "Ramesh and Dass, FLoRIST: Singular Value Thresholding, arXiv 2506.09199"
+    group: ClassVar[str] = "exact sums"
 
     def init(self, sites: Sites, rng: torch.Generator) -> State:
         return super().init(sites, rng) if self.start == "fresh" else lora.init(sites, self.rank, rng)

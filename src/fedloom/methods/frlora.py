@@ -34,7 +34,7 @@ class FRLoRA(LoRA):
 
     name: ClassVar[str] = "frlora"
     paper: ClassVar[str] = "Yan et al., Federated Residual Low-Rank Adaption of Large Language Models, ICLR 2025"
-    group: ClassVar[str] = "exact sums"
+    group: ClassVar[str] = "sums of products"
 
     def init_from(self, sites: Sites, rng: torch.Generator, weight: Callable[[str], Tensor]) -> State:
         seed = int(torch.randint(2**62, (1,), generator=rng))

@@ -38,6 +38,7 @@ class PF2LoRAFirstOrder(LoRA):
 
     name: ClassVar[str] = "pf2lora_first_order"
     paper: ClassVar[str] = "Hao et al., Personalized Federated Fine-tuning via Two-Level LoRA, arXiv 2503.03920"
+    group: ClassVar[str] = "personal"
     personal_models = True
 
     def init(self, sites: Sites, rng: torch.Generator) -> State:

@@ -142,7 +142,8 @@ def placed(tail: Triplets, state: State, where: Tail, most: int | None = None) -
         return merged(state, stacked({site: x for site, x in first.items() if len(x[1])}))
     if where == "drop":
         return {}
+    # Balanced: the directions of the smallest values, which rounding turns, are small in both factors.
     return {
-        "rest_left": {site: U * S for site, (U, S, _) in first.items()},
-        "rest_right": {site: Vh for site, (_, _, Vh) in first.items()},
+        "rest_left": {site: U * S.sqrt() for site, (U, S, _) in first.items()},
+        "rest_right": {site: S.sqrt()[:, None] * Vh for site, (_, S, Vh) in first.items()},
     }

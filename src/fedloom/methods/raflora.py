@@ -25,6 +25,7 @@ class RaFLoRA(Redistributed):
 
     name: ClassVar[str] = "raflora"
     paper: ClassVar[str] = "Wu et al., Preventing Rank Collapse in Federated Low-Rank Adaptation, arXiv 2602.13486"
+    group: ClassVar[str] = "unequal ranks"
 
     async def server(self, state: State, round: Round) -> State:
         # The paper's bands are of all rank levels; those of the round's clients give the same weights.

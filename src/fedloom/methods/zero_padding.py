@@ -75,6 +75,7 @@ class ReplicationPadding(ZeroPadding):
     paper: ClassVar[str] = (
         "Byun and Lee, Towards Federated Low-Rank Adaptation with Rank Heterogeneity, arXiv 2406.17477"
     )
+    group: ClassVar[str] = "unequal ranks"
 
     def _averaged(self, mean: State, before: State) -> State:
         return mean_of_holders(mean, before)

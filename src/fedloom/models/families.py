@@ -18,7 +18,7 @@ class Family:
     """The facts of one architecture."""
 
     targets: tuple[str, ...]
-    """Name endings of the layers that the LoRA papers adapt."""
+    """Name endings of the layers that the LoRA papers adapt, or PEFT by default; those that a model has of them."""
     siblings: tuple[tuple[str, ...], ...] = ()
     """Names of layers that one module calls on the same input, in this order: they can be one matrix product."""
     packs: frozenset[Kind] = frozenset()
@@ -43,7 +43,9 @@ _LLAMA = Family(
     siblings=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
     packs=frozenset({"causal-lm"}),
 )
-_GEMMA = Family(targets=_LLAMA.targets, siblings=_LLAMA.siblings)
+_QKV = ("q_proj", "k_proj", "v_proj")
+_PADDED_LLAMA = Family(targets=_LLAMA.targets, siblings=_LLAMA.siblings)
+_FUSED_QKV = Family(targets=("query_key_value",))
 
 FAMILIES = {
     "bert": _BERT,
@@ -51,10 +53,24 @@ FAMILIES = {
     "xlm-roberta": _ROBERTA,
     "electra": Family(targets=("query", "value"), siblings=(("query", "key", "value"),)),
     "distilbert": Family(targets=("q_lin", "v_lin")),
+    "deberta": Family(targets=("in_proj",)),
+    "deberta-v2": Family(targets=("query_proj", "value_proj")),
+    "albert": Family(targets=("query", "value"), siblings=(("query", "key", "value"),)),
+    "modernbert": Family(targets=("Wqkv",)),
     "gpt2": Family(targets=("c_attn",), packs=frozenset({"causal-lm"})),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), _LLAMA),
-    **dict.fromkeys(("gemma", "gemma2"), _GEMMA),
-    "phi": Family(targets=("q_proj", "v_proj"), siblings=(("q_proj", "k_proj", "v_proj"),)),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "granite", "cohere", "cohere2"), _PADDED_LLAMA),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "stablelm", "seed_oss", "helium"), _PADDED_LLAMA),
+    **dict.fromkeys(("phi", "opt", "starcoder2", "glm", "glm4"), Family(targets=_LLAMA.targets, siblings=(_QKV,))),
+    **dict.fromkeys(("gptj", "gpt_neo"), Family(targets=_LLAMA.targets)),
+    **dict.fromkeys(("phi3", "codegen"), Family(targets=("qkv_proj",))),
+    **dict.fromkeys(("falcon", "bloom", "gpt_neox"), _FUSED_QKV),
+    "mpt": Family(targets=("Wqkv",)),
+    "gpt_bigcode": Family(targets=("c_attn",)),
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3"), Family(targets=("q_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"))
+    ),
+    "mamba": Family(targets=("in_proj", "x_proj")),
 }
 """`config.model_type` -> its record."""
 

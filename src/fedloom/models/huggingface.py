@@ -15,9 +15,15 @@ from torch import nn
 from fedloom.data import hub, packaged
 from fedloom.data.batches import Kind as Kind
 from fedloom.errors import ConfigError, ModelError, nearest
+from fedloom.models import weights
 from fedloom.models.families import family_of, model_type
+from fedloom.models.probe import probe
+from fedloom.models.usable import check_usable
 from fedloom.rng import generator, seed_of
-from fedloom.state import Sites
+from fedloom.state import Group, Sites
+
+_STATE_SPACE = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
+"""Architectures of which PEFT refuses `out_proj`: fused kernels read its weight past the layer."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class Base:
     """transformers' `model_type`: bert, roberta, llama, gpt2, ..."""
     sha256: str
     """Hash of the weight files."""
+    head_weights: Group
+    """The head's parameters by full name, (out, in) and (out,), float32 on the CPU."""
 
 
 def load_base(
@@ -42,14 +50,16 @@ def load_base(
     kind: Kind,
     num_labels: int = 1,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
     seed: int = 0,
     attention: str | None = None,
 ) -> Base:
     """Load a packaged name, a local directory or a hub id for a task, frozen and in eval mode, with a padding token.
 
-    A new task head is drawn from `seed` alone; torch's global generator is left as it was. `attention` is transformers'
-    `attn_implementation`. Raises ModelError if there is no such model or it does not fit the task, HubError if it is
-    only on a hub that cannot be reached.
+    Weights are read in `dtype` straight to `device`: of a file of that dtype there is one copy in memory, on a CPU the file's
+    own pages. The head is float32 in `Base.head_weights` all the same. A new one is drawn from `seed` alone; torch's global
+    generator is left as it was. `attention` is transformers' `attn_implementation`. Raises ModelError if there is no such
+    model or it does not fit the task, HubError if it is only on a hub that cannot be reached.
     """
     source = resolve(name)
     known = packaged.MODELS
@@ -63,28 +73,92 @@ def load_base(
         import transformers
 
         torch.manual_seed(seed_of(seed, "load"))
+        _check_architecture(transformers.AutoConfig.from_pretrained(source), name, kind)
         loader: Any = transformers.AutoModelForCausalLM
         options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
         if kind != "causal-lm":
             loader = transformers.AutoModelForSequenceClassification
             problem = "regression" if kind == "regression" else "single_label_classification"
             options |= {"num_labels": num_labels, "problem_type": problem, "ignore_mismatched_sizes": True}
+        if torch.device(device).type != "cpu":
+            options["device_map"] = {"": str(device)}
         if attention is not None:
             options["attn_implementation"] = attention
+        if local:
+            weights.weight_files(Path(source))  # of a hub id they are not here yet
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source)
         loaded: Any = loader.from_pretrained(source, **options)
         model, info = loaded
-        digest = packaged.weights_sha256(name) if name in known and local else _weights_sha256(source)
-    head = tuple(head_modules(model))
+        digest = packaged.weights_sha256(name) if name in known and local else weights.sha256(_directory(source))
+        directory = _directory(source)
+    check_usable(name, model, tokenizer)
+    head = head_modules(model)
+    for module in head:  # trained in float32, whatever the base's dtype
+        model.get_submodule(module).float()
+    if head and dtype != torch.float32:
+        _restore_head(model, head, directory)
     fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     _draw(model, fresh, head, seed, name, kind)
+    return _frozen(model, tokenizer, source, digest, dtype)
+
+
+def adopt(model: nn.Module, tokenizer: Any, *, kind: Kind, num_labels: int = 1) -> Base:
+    """A model of transformers that the caller has made, as a base: taken over, frozen and in eval mode.
+
+    Raises ModelError if it is of another kind, or has another number of labels.
+    """
+    config: Any = getattr(model, "config", None)
+    wanted = "ForCausalLM" if kind == "causal-lm" else "ForSequenceClassification"
+    written = callable(getattr(model, "generate", None)) and not head_modules(model)
+    if config is None or not (written if kind == "causal-lm" else type(model).__name__.endswith(wanted)):
+        raise ModelError(
+            f"got a {type(model).__name__} for task.kind = {kind!r}, expected one of AutoModel{wanted}: token classification "
+            "and models that write one sequence from another are left aside"
+        )
+    if tokenizer is None:
+        raise ModelError("got a model without its tokenizer, expected both: fedloom.run(..., model=..., tokenizer=...)")
+    if kind != "causal-lm" and config.num_labels != num_labels:
+        raise ModelError(
+            f"the model has num_labels = {config.num_labels}, and the data {num_labels}: load it with num_labels={num_labels}"
+        )
+    _check_architecture(config, type(model).__name__, kind)
+    digest = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    name = str(config.name_or_path or type(model).__name__)
+    return _frozen(model, tokenizer, name, digest.hexdigest(), next(model.parameters()).dtype)
+
+
+def _frozen(model: Any, tokenizer: Any, source: str, digest: str, dtype: torch.dtype) -> Base:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.requires_grad_(False).eval()
-    return Base(model, tokenizer, source, head, str(model.config.model_type), digest)
+    head = head_group(model)
+    for module in head_modules(model):
+        model.get_submodule(module).to(dtype)
+    return Base(model, tokenizer, source, tuple(head_modules(model)), str(model.config.model_type), digest, head)
+
+
+def _restore_head(model: nn.Module, head: Sequence[str], directory: Path) -> None:
+    """Give a head that the checkpoint has the values that were rounded when it was read."""
+    parameters = {
+        f"{module}.{leaf}": x for module in head for leaf, x in model.get_submodule(module).named_parameters()
+    }
+    with torch.no_grad():
+        for name, x in weights.read(directory, parameters).items():
+            if x.shape == parameters[name].shape:
+                parameters[name].copy_(x)
+
+
+def head_group(model: nn.Module) -> Group:
+    """The parameters of the task head by full name, float32 copies on the CPU: what role `head` starts from."""
+    named = dict(model.named_parameters())
+    names = [f"{module}.{leaf}" for module in head_modules(model) for leaf in ("weight", "bias")]
+    return {name: named[name].detach().float().cpu().clone() for name in names if name in named}
 
 
 def resolve(name: str) -> str:
@@ -118,6 +192,15 @@ def resolve(name: str) -> str:
     return name
 
 
+def _directory(source: str) -> Path:
+    """Where the files of a directory or hub id are."""
+    if Path(source).is_dir():
+        return Path(source)
+    from transformers.utils.hub import cached_file
+
+    return Path(str(cached_file(source, "config.json"))).parent
+
+
 def head_modules(model: nn.Module) -> list[str]:
     """Names of the linear layers that make up the task head of a sequence-classification model; none for a causal LM.
 
@@ -135,17 +218,48 @@ def head_modules(model: nn.Module) -> list[str]:
 
 
 def default_targets(model: nn.Module) -> list[str]:
-    """The layers that LoRA adapts in this architecture, as name endings.
-
-    Raises ModelError for an architecture that fedloom has no default for.
-    """
+    """The layers that LoRA adapts in this architecture, as name endings: those of its record, else every layer that can be."""
     family = family_of(model)
-    if family is None:
+    known = () if family is None else family.targets
+    layers = [name for name, _ in _layers(model)]
+    return [x for x in known if any(_matches(name, x) for name in layers)] or all_linear(model)
+
+
+def all_linear(model: nn.Module) -> list[str]:
+    """Every linear layer that can carry an adapter, the task head and the output embedding apart: name endings where all layers
+    of one name can, else whole names.
+
+    Raises ModelError if there is none.
+    """
+    layers = [name for name, _ in _layers(model)]
+    refused = probe(model, layers).obstacles.keys() | {name for name in layers if _peft_refuses(model, name)}
+    if not layers or refused == set(layers):
         raise ModelError(
-            f"fedloom has no default layers to adapt in a {model_type(model)!r} model; set targets in [lora] to some of: "
-            f"{', '.join(_endings(model))}"
+            f"a {model_type(model)!r} model has no linear layer that can carry an adapter: choose another model"
         )
-    return list(family.targets)
+    spoilt = {_ending(name) for name in refused}
+    return sorted({name if _ending(name) in spoilt else _ending(name) for name in layers if name not in refused})
+
+
+def check_sites(model: nn.Module, sites: Iterable[str]) -> bool:
+    """Whether clients can train together, each with adapters at these layers.
+
+    Raises ModelError for a layer that can carry none. Only architectures whose layers are not known to are asked.
+    """
+    names = list(sites)
+    for name in names:
+        if _peft_refuses(model, name):
+            raise ModelError(
+                f"layer {name!r} of this {type(model).__name__} can carry no adapter, in PEFT neither: its weight is read past "
+                "the layer; take it out of targets in [lora]"
+            )
+    family = family_of(model)
+    if family is not None and family.packs:
+        return True
+    found = probe(model, names)
+    for name, why in found.obstacles.items():
+        raise ModelError(f"layer {name!r} of this {type(model).__name__} {why}: take it out of targets in [lora]")
+    return not found.alone
 
 
 def find_sites(model: nn.Module, targets: Iterable[str]) -> Sites:
@@ -158,7 +272,7 @@ def find_sites(model: nn.Module, targets: Iterable[str]) -> Sites:
     sites: Sites = {}
     wanted = [targets] if isinstance(targets, str) else list(targets)
     for target in wanted:
-        found = {name: size for name, size in layers.items() if name == target or name.endswith(f".{target}")}
+        found = {name: size for name, size in layers.items() if _matches(name, target)}
         if not found:
             endings = _endings(model)
             raise ModelError(
@@ -217,6 +331,23 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _check_architecture(config: Any, name: str, kind: Kind) -> None:
+    """Refuse, before any weights are read, what has no head for the task or reads a sequence to write another."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"model {name!r} is an encoder-decoder ({config.model_type}), which fedloom does not train: choose a decoder such "
+            "as a Llama for causal-lm, or an encoder such as RoBERTa for classification"
+        )
+    loader: Any = AutoModelForCausalLM if kind == "causal-lm" else AutoModelForSequenceClassification
+    if type(config) not in loader._model_mapping and not getattr(config, "auto_map", None):
+        raise ModelError(
+            f"model {name!r} ({config.model_type}) cannot be used for {kind}: transformers has no "
+            f"{loader.__name__} of it; choose another model, or another kind in [task]"
+        )
+
+
 def _draw(model: nn.Module, fresh: set[str], head: Sequence[str], seed: int, name: str, kind: Kind) -> None:
     """Draw the parameters that the checkpoint does not have, in float32, each from the seed and its own name.
 
@@ -256,8 +387,22 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
             yield name, (int(m), int(n))
 
 
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _ending(name: str) -> str:
+    """The last word of a layer's name; with the one before it where it is a number, which other modules end in too."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+
+
 def _endings(model: nn.Module) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name, _ in _layers(model)})
+    return sorted({_ending(name) for name, _ in _layers(model)})
+
+
+def _peft_refuses(model: nn.Module, name: str) -> bool:
+    return model_type(model) in _STATE_SPACE and _ending(name) == "out_proj"
 
 
 def _cpu_has_bfloat16() -> bool:
@@ -266,18 +411,3 @@ def _cpu_has_bfloat16() -> bool:
     except OSError:
         return False
     return any(word in flags for word in ("avx512_bf16", "amx_bf16"))
-
-
-def _weights_sha256(source: str) -> str:
-    """Hash of a model's weight files: of the file where there is one, of their hashes in order of name where there are more."""
-    directory = Path(source)
-    if not directory.is_dir():
-        from transformers.utils.hub import cached_file
-
-        directory = Path(str(cached_file(source, "config.json"))).parent
-    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
-    hashes = []
-    for file in files:
-        with file.open("rb") as stream:
-            hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()

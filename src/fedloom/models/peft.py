@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedloom import lora
 from fedloom.errors import ModelError
-from fedloom.models.huggingface import Kind, head_modules, is_conv1d, quiet
+from fedloom.models.huggingface import Kind, is_conv1d, quiet
 from fedloom.state import Group, State
 
 CONFIG = "adapter_config.json"
@@ -46,7 +46,7 @@ def write_adapter(
     full parameter names, such as `classifier.weight`, to tensors; `fan_in_fan_out` is for GPT-2's Conv1D. The same tensors
     give the same bytes. Raises ModelError if A and B do not fit together.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     _check(A, B)
     head = head or {}
@@ -84,7 +84,8 @@ def write_adapter(
     tensors |= {f"{_PREFIX}{name}": x for name, x in head.items()}
     path.mkdir(parents=True, exist_ok=True)
     plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    save_file(plain, path / WEIGHTS, metadata={"format": "pt"})
+    # Not save_file: of a full disk it raises an error of its own, and its files are for their owner alone.
+    (path / WEIGHTS).write_bytes(save(plain, metadata={"format": "pt"}))
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -174,12 +175,11 @@ def merge(
         model.config.id2label, model.config.label2id = before
 
 
-def head_group(model: nn.Module) -> Group:
-    """The parameters of the task head by full name, float32 copies on the CPU: what role `head` starts from."""
-    modules = head_modules(model)
-    named = dict(model.named_parameters())
-    names = [f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")]
-    return {name: named[name].detach().float().cpu().clone() for name in names if name in named}
+def whole_blocks(model: nn.Module, head: Group) -> Group:
+    """The head with all else that its modules hold, such as a LayerNorm: PEFT saves and reads whole modules."""
+    names = {name.partition(".")[0] for name in head}
+    rest = {f"{name}.{leaf}": x for name in names for leaf, x in model.get_submodule(name).state_dict().items()}
+    return {name: x.detach().float().cpu() for name, x in rest.items()} | head
 
 
 def _check(A: Group, B: Group) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from fedloom import toml
 from fedloom.errors import ConfigError
@@ -19,26 +19,31 @@ _LARGE = 1e30
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelSection(_Section):
-    """[model]"""
+    """[model]: the frozen base."""
 
     name: str
     """Packaged name ("minilm", "smollm2"), local directory, or hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base; adapters are float32. `auto`: bfloat16 where the processor or GPU has it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it is trained. `auto`: a GPU if there is one."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"
+    """Implementation of attention, by transformers' name."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
 
 class TaskSection(_Section):
-    """[task]"""
+    """[task]: rows, and what is learnt from them."""
 
     kind: Literal["classification", "regression", "causal-lm"] = "classification"
+    """What the model predicts: a class, a number, or the response to a prompt."""
     data: str
     """Packaged name ("trec", ...), hub id, or .jsonl/.csv/.parquet file."""
     eval_data: str | None = None
@@ -48,8 +53,13 @@ class TaskSection(_Section):
     text: Annotated[list[str], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)] | None = None
     """One or two columns; by default `text` or `sentence`."""
     label: str = "label"
+    """The column of the class or the number."""
     prompt: str = "prompt"
+    """causal-lm: the column of prompts."""
     response: str = "response"
+    """causal-lm: the column of responses; the loss counts them alone."""
+    messages: str | None = None
+    """Instead of prompt and response, for a causal LM: a column of conversations, lists of {"role", "content"}."""
     template: str = "plain"
     """Around the prompt: "plain", "question", "alpaca", "chat", or a text with {prompt} in it."""
     max_length: int = Field(128, ge=2, le=1_000_000)
@@ -59,18 +69,31 @@ class TaskSection(_Section):
     limit: int | None = Field(None, ge=1)
     """Use so many training rows at most."""
     eval_limit: int | None = Field(None, ge=1)
+    """Use so many held-out rows at most."""
     metrics: list[str] | None = None
+    """What is scored besides the loss; by default what suits the task."""
     max_new_tokens: int = Field(32, ge=1, le=100_000)
     """For metrics of a causal LM that need an answer (exact_match, rouge_l)."""
 
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _left_aside(cls, kind: Any) -> Any:
+        if kind in ("token-classification", "seq2seq", "seq2seq-lm", "question-answering", "masked-lm"):
+            raise ValueError(f"{kind} is left aside: expected classification or regression of whole rows, or causal-lm")
+        return kind
+
 
 class LoraSection(_Section):
-    """[lora]"""
+    """[lora]: the adapter."""
 
     rank: int = Field(8, ge=1)
+    """Rank r of the server's A (r, in) and B (out, r)."""
     alpha: float = Field(16.0, gt=0, le=1e6)
-    targets: Literal["auto"] | list[str] = "auto"
+    """The product B A is multiplied by alpha / rank."""
+    targets: Literal["auto", "all-linear"] | list[str] = "auto"
+    """Endings of layers' names; `auto`: those of the architecture's papers or of PEFT, else every linear layer."""
     rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """On the adapters' inputs."""
 
@@ -79,13 +102,14 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class ClientsSection(_Section):
-    """[clients]"""
+    """[clients]: who takes part, with which rows and budgets."""
 
     count: int | None = Field(None, ge=1, le=1_000_000)
     """4 by default; a by-field partition has one client for each value."""
     fraction: float = Field(1.0, gt=0, le=1)
     """Sampled each round."""
     partition: Literal["iid", "dirichlet", "pathological", "by-field", "by-length"] = "iid"
+    """How rows are dealt to clients."""
     alpha: float = Field(0.5, ge=1e-6, le=1e6)
     """Of the Dirichlet law: smaller is more skewed."""
     field: str | None = None
@@ -116,31 +140,47 @@ class ClientsSection(_Section):
 
 
 class MethodSection(BaseModel):
-    """[method]: a name and that method's own fields."""
+    """[method]: a name and that method's own fields; a wrapper has the table [method.over].
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+    A name `module:Class` imports that module, from the current folder too: such a run file runs code, as a script does.
+    """
+
+    model_config = ConfigDict(
+        extra="allow", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
     name: str
+    """One of `fedloom methods`, or your own as "module:Class"."""
 
 
 class TrainSection(_Section):
-    """[train]"""
+    """[train]: rounds, and local training."""
 
     rounds: int = Field(5, ge=0, le=1_000_000)
+    """Rounds of the whole run."""
     local_steps: int | None = Field(None, ge=1, le=100_000)
+    """Optimiser steps of a client in a round; or set local_epochs."""
     local_epochs: int | None = Field(None, ge=1, le=10_000)
-    """Either of the two; one epoch by default."""
+    """Passes over a client's rows in a round; 1 if local_steps is unset too."""
     batch_size: int = Field(16, ge=1)
+    """Rows of a client's step."""
     lr: float = Field(1e-3, ge=0, le=_LARGE)
+    """Learning rate of local training."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Of local training; its moments start anew in every visit."""
     momentum: float = Field(0.0, ge=0, lt=1)
+    """Of `sgd`."""
     weight_decay: float = Field(0.0, ge=0, le=1e6)
+    """Decoupled, as in AdamW."""
     clip: float | None = Field(1.0, gt=0, le=_LARGE)
     """Largest norm of a client's gradient; 0 in the file stands for no limit."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Of the learning rate."""
     warmup: float = Field(0.0, ge=0, le=1)
+    """Share of a client's steps over which the learning rate rises."""
     evaluate_every: int = Field(1, ge=0)
     """Rounds; the last is always evaluated. 0: only the first and the last."""
     base_dropout: bool = False
+    """Train with the base's own dropout on: slower, and a client's result then depends on who trains beside it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -156,12 +196,14 @@ class TrainSection(_Section):
 
 
 class EngineSection(_Section):
-    """[engine]"""
+    """[engine]: where clients run."""
 
     name: Literal["inprocess", "flower"] = "inprocess"
+    """`inprocess`: the simulator; `flower`: processes and machines."""
     cohort: Literal["auto"] | int = "auto"
     """Clients trained in one pass. Results with another cohort size agree up to rounding."""
     threads: int | None = Field(None, ge=1, le=4096)
+    """Of torch; by default torch's own choice."""
     kernels: Literal["auto", "off"] = "auto"
     """Fast paths of training where the architecture has them; `off`: the plain one, for any model."""
 
@@ -212,6 +254,7 @@ class PrivacySection(_Section):
     target_epsilon: float | None = Field(None, gt=0)
     """Never passed: the run stops before. Without a noise_multiplier, the noise is such that train.rounds just keep to it."""
     delta: float = Field(1e-5, gt=0, lt=1)
+    """Of (epsilon, delta)-differential privacy: well below one over the number of what is protected."""
     canaries: int = Field(0, ge=0)
     """Training rows that get a random label, each left out by a secret coin: `fedloom audit` bounds epsilon from them."""
 
@@ -236,16 +279,30 @@ class NetworkSection(_Section):
 
 
 class RunSection(_Section):
-    """[run]"""
+    """[run]: the run directory."""
 
     keep_checkpoints: int = Field(2, ge=1)
     """So many of the last rounds can be gone back to: `fedloom resume RUN --round N`."""
+
+
+class TrackSection(_Section):
+    """[track]: where the rounds are sent while the run goes on."""
+
+    to: list[str] = []
+    """Trackers by accelerate's names: tensorboard, wandb, mlflow, trackio, ...; their files are below RUN/track."""
+    project: str = "fedloom"
+    """The project that trackers file the run under."""
+    offline: bool = True
+    """Nothing leaves this machine."""
+    report: bool = False
+    """Write RUN/report.html at the end."""
 
 
 class RunConfig(_Section):
     """A whole run: the keys of a run file, with their defaults."""
 
     seed: int = Field(0, ge=0)
+    """Of every draw: the same seed gives the same bytes."""
     model: ModelSection
     task: TaskSection
     lora: LoraSection = LoraSection()
@@ -255,6 +312,7 @@ class RunConfig(_Section):
     engine: EngineSection = EngineSection()
     run: RunSection = RunSection()
     network: NetworkSection | None = None
+    track: TrackSection = TrackSection()
     privacy: PrivacySection | None = None
 
     @property

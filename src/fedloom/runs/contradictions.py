@@ -62,12 +62,15 @@ def _task(c: RunConfig) -> Iterator[str]:
     task = c.task
     if task.kind == "causal-lm":
         yield from _unused("task", task, "a causal LM has task.prompt and task.response", "text", "label")
+        if task.messages is not None:
+            why = "task.messages has whole conversations, in the model's own template"
+            yield from _unused("task", task, why, "prompt", "response", "template")
         if not NEEDS_TEXT & {*(task.metrics or [])}:
             why = f"none of task.metrics needs a written answer ({', '.join(sorted(NEEDS_TEXT))})"
             yield from _unused("task", task, why, "max_new_tokens")
     else:
         why = f"a {task.kind} has task.text and task.label"
-        yield from _unused("task", task, why, "prompt", "response", "template", "max_new_tokens")
+        yield from _unused("task", task, why, "prompt", "response", "messages", "template", "max_new_tokens")
 
 
 def _clients(c: RunConfig) -> Iterator[str]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from fedloom.core import Work
 from fedloom.data import metrics
+from fedloom.data.chat import last_answer
 from fedloom.data.tokenize import Encoded
 from fedloom.runs.experiment import Experiment
 
@@ -22,11 +23,16 @@ def score(e: Experiment, work: Work, rows: Encoded | None = None) -> dict[str, f
     if "perplexity" in e.tables.metrics:
         values["perplexity"] = math.exp(min(result.loss, 700.0))
     texts = [name for name in names if name in metrics.NEEDS_TEXT]
-    if texts:
-        values |= metrics.compute(texts, *_answers(e, work, rows))
+    own = e.given.metrics
+    if e.config.task.kind == "causal-lm":
+        answers = _answers(e, work, rows) if texts or own else ([], [])
+        values |= metrics.compute(texts, *answers) if texts else {}
+        values |= {name: float(function(*answers)) for name, function in own.items()}
     rest = [name for name in names if name not in metrics.NEEDS_TEXT]
     if rest and result.predictions is not None and rows.targets is not None:
         values |= metrics.compute(rest, result.predictions.numpy(), rows.targets)
+    if own and result.predictions is not None and rows.targets is not None:
+        values |= {name: float(function(result.predictions.numpy(), rows.targets)) for name, function in own.items()}
     return values
 
 
@@ -34,7 +40,10 @@ def _answers(e: Experiment, work: Work, rows: Encoded) -> tuple[list[str], list[
     """What the model writes after each prompt, and what it should have written."""
     made = e.trainer.generate(work, rows, e.config.task.max_new_tokens)
     decode = e.base.tokenizer.decode
-    references = e.tables.eval[e.config.task.response]
+    if e.tables.chats:
+        references = [last_answer(turns) for turns in e.tables.eval[e.tables.text[0]]]
+    else:
+        references = e.tables.eval[e.config.task.response]
     return [str(decode(tokens, skip_special_tokens=True)).strip() for tokens in made], [
         str(x).strip() for x in references
     ]

@@ -6,7 +6,7 @@ RunConfig ──plan──► Plan ──tables, partition──► clients ─�
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +16,21 @@ from torch import Tensor
 from fedloom.client import Client
 from fedloom.core import Method, Visit, Work
 from fedloom.data import load, partition
+from fedloom.data.chat import encode_chats
+from fedloom.data.metrics import NEEDS_TEXT
 from fedloom.data.tokenize import Encoded, encode_causal, encode_labelled
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, ModelError
 from fedloom.flows import rehearse
-from fedloom.models import huggingface, peft
+from fedloom.models import huggingface
+from fedloom.models.usable import row_length
 from fedloom.rng import generator
 from fedloom.runs import private
 from fedloom.runs.canaries import Canaries
 from fedloom.runs.config import RunConfig
+from fedloom.runs.given import GIVEN, Given
 from fedloom.runs.plan import Plan, plan
 from fedloom.runs.tables import Tables, tables
-from fedloom.state import Group, Sites, State
+from fedloom.state import Sites, State
 from fedloom.train.optim import Settings
 from fedloom.train.trainer import Trainer
 
@@ -44,14 +48,18 @@ class Rows:
     config: RunConfig
     tables: Tables
     tokenizer: Any
+    max_length: int
+    """Tokens of a row, prompt and answer."""
     canaries: Canaries | None = None
 
     def _encode(self, rows: Dataset) -> Encoded:
-        task = self.config.task
+        task, most = self.config.task, self.max_length
+        if self.tables.chats:
+            return encode_chats(rows, self.tokenizer, self.tables.text[0], most)
         if task.kind == "causal-lm":
-            return encode_causal(rows, self.tokenizer, task.prompt, task.response, task.template, task.max_length)
+            return encode_causal(rows, self.tokenizer, task.prompt, task.response, task.template, most)
         labels = self.tables.labels or None
-        return encode_labelled(rows, self.tokenizer, self.tables.text, task.label, labels, task.max_length, task.kind)
+        return encode_labelled(rows, self.tokenizer, self.tables.text, task.label, labels, most, task.kind)
 
     @cached_property
     def train(self) -> Encoded:
@@ -83,6 +91,8 @@ class Experiment:
     base: huggingface.Base
     targets: list[str]
     sites: Sites
+    together: bool
+    """Whether clients can train in one pass: not where an adapted layer reads what all rows share, as in DeBERTa-v3."""
     head: State
     """The task head as the model has it, under role `head` (empty for a causal LM)."""
     transposed: bool
@@ -92,6 +102,8 @@ class Experiment:
     """Of the frozen base."""
     trainer: Trainer
     rows: Rows
+    given: Given = field(default_factory=Given)
+    """What the caller handed over in Python."""
 
     @property
     def config(self) -> RunConfig:
@@ -146,6 +158,8 @@ class Experiment:
     @property
     def cohort(self) -> int:
         """How many clients train in one pass."""
+        if not self.together:
+            return 1
         asked = self.config.engine.cohort
         if asked != "auto":
             return asked
@@ -173,31 +187,42 @@ def experiment(
     table: Tables | None = None,
     base: huggingface.Base | None = None,
     only_client: str | None = None,
+    given: Given | None = None,
 ) -> Experiment:
     """Make an experiment: read the data, load the model, put its adapters in place.
 
-    `table` and `base` are used instead of being read and loaded; `only_client` gives all rows to one client of that id.
+    `table` and `base` are used instead of being read and loaded, as is what is `given`; `only_client` gives all rows to one
+    client of that id.
     Raises ConfigError, DataError, ModelError or HubError for what is wrong, and writes nothing.
     """
     planned = plan(config) if isinstance(config, RunConfig) else config
     c = planned.config
     device = device_of(c)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(c.model.dtype) or huggingface.auto_dtype(device)
     on_status("reading the data")
-    table = table or tables(c)
+    given = given or Given()
+    table = table or tables(c, given)
     parts = _partition(c, table) if only_client is None else {only_client: list(range(len(table.train)))}
     on_status("loading the model")
+    labels = max(1, len(table.labels))
+    if base is None and given.model is None and c.model.name == GIVEN:
+        raise ModelError(
+            "the model of this run was given in Python: give it to fedloom.resume, too (model=..., tokenizer=...)"
+        )
+    if base is None and given.model is not None:
+        base = huggingface.adopt(given.model, given.tokenizer, kind=c.task.kind, num_labels=labels)
     base = base or huggingface.load_base(
-        c.model.name, kind=c.task.kind, num_labels=max(1, len(table.labels)), seed=c.seed
+        c.model.name, kind=c.task.kind, num_labels=labels, dtype=dtype, device=device, seed=c.seed
     )
     clients = planned.clients(parts)
     if only_client is None:
         private.check_clients(c, clients)
-    targets = huggingface.default_targets(base.model) if c.lora.targets == "auto" else list(c.lora.targets)
+    targets = _targets(c, base)
     sites = huggingface.find_sites(base.model, targets)
+    together = huggingface.check_sites(base.model, sites)
     huggingface.check_rank(sites, planned.method.rank)
-    head: Group | None = peft.head_group(base.model)
+    head = dict(base.head_weights)
     transposed = any(huggingface.is_conv1d(base.model.get_submodule(site)) for site in sites)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(c.model.dtype) or huggingface.auto_dtype(device)
     return Experiment(
         plan=planned,
         tables=table,
@@ -206,12 +231,14 @@ def experiment(
         base=base,
         targets=targets,
         sites=sites,
+        together=together,
         head={"head": head} if head else {},
         transposed=transposed,
         device=device,
         dtype=dtype,
         trainer=_trainer(c, base, sites, device, dtype),
-        rows=Rows(c, table, base.tokenizer),
+        rows=Rows(c, table, base.tokenizer, _row_length(c, table, base)),
+        given=given,
     )
 
 
@@ -232,6 +259,13 @@ def device_of(config: RunConfig) -> torch.device:
     return torch.device(name)
 
 
+def _targets(config: RunConfig, base: huggingface.Base) -> list[str]:
+    asked = config.lora.targets
+    if asked == "auto":
+        return huggingface.default_targets(base.model)
+    return huggingface.all_linear(base.model) if asked == "all-linear" else list(asked)
+
+
 def _partition(config: RunConfig, table: Tables) -> dict[str, list[int]]:
     c, task = config.clients, config.task
     return partition.partition(
@@ -244,6 +278,14 @@ def _partition(config: RunConfig, table: Tables) -> dict[str, list[int]]:
         label=task.label if task.kind == "classification" else None,
         classes_per_client=c.classes_per_client,
     )
+
+
+def _row_length(config: RunConfig, table: Tables, base: huggingface.Base) -> int:
+    task = config.task
+    answer = task.max_new_tokens if NEEDS_TEXT & {*table.metrics} else 0
+    # The default asks for no length: a resolved run file has it too.
+    asked = task.max_length != type(task).model_fields["max_length"].default
+    return row_length(task.max_length, asked, answer, base.model)
 
 
 def _trainer(

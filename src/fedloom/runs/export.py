@@ -1,4 +1,8 @@
-"""From a state to PEFT: the factors, with scale and offset folded in so that PEFT computes what fedloom evaluated."""
+"""From a state to PEFT: the factors, with scale and offset folded in so that PEFT computes what fedloom evaluated.
+
+A model that weighs its ranks by the input (a gate) is none that PEFT knows: it is written in a form of fedloom's own, which
+`fedloom evaluate` reads.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,15 @@ import torch
 from torch import Tensor
 
 from fedloom import lora
-from fedloom.core import Work
+from fedloom.checkpoint import decode, encode
+from fedloom.core import Factors, Work
 from fedloom.disk import write_folder
-from fedloom.errors import ModelError
 from fedloom.models import peft
 from fedloom.runs.experiment import Experiment
-from fedloom.state import Group
+from fedloom.state import Group, State, only, without
+
+GATED = "gated_adapter.safetensors"
+"""Roles A, B, gate, head, left, right and the scale, by site."""
 
 
 def factors(work: Work) -> tuple[Group, Group, float]:
@@ -22,11 +29,7 @@ def factors(work: Work) -> tuple[Group, Group, float]:
 
     Without an offset these are the adapter's own factors. With one, the scale is folded in and is 1.
     """
-    A, B, gate = work.adapter(work.train, work.fixed)
-    if gate is not None:
-        raise ModelError(
-            "this model weighs its ranks by the input, which no PEFT adapter can: use it from the run's checkpoint"
-        )
+    A, B, _ = work.adapter(work.train, work.fixed)
     if not work.base:
         return A, B, work.scale
     with_offset_A, with_offset_B = {}, {}
@@ -49,9 +52,14 @@ def _offset(left: Tensor | None, right: Tensor | None, B: Tensor, A: Tensor) -> 
 
 
 def write(e: Experiment, work: Work, path: Path) -> None:
-    """Write the model that `work` describes as a PEFT directory."""
-    A, B, scale = factors(work)
+    """Write the model that `work` describes as a PEFT directory, or in fedloom's own form if it has a gate."""
     head = work.train.get("head") or work.fixed.get("head")
+    made = work.adapter(work.train, work.fixed)
+    if made.gate is not None:
+        state: State = {"A": made.A, "B": made.B, "gate": made.gate, **({"head": head} if head else {}), **work.base}
+        write_folder(path, partial(_write_gated, state=state, scale=work.scale))
+        return
+    A, B, scale = factors(work)
     rank = next(iter(A.values())).shape[0]
     # Whole or not at all, and on disk before anything says that the run is done.
     write_folder(
@@ -66,7 +74,7 @@ def write(e: Experiment, work: Work, path: Path) -> None:
             targets=e.targets,
             base_name=e.base.path_or_id,
             kind=e.config.task.kind,
-            head=head,
+            head=peft.whole_blocks(e.base.model, head) if head else None,
             fan_in_fan_out=e.transposed,
         ),
     )
@@ -74,6 +82,24 @@ def write(e: Experiment, work: Work, path: Path) -> None:
 
 def read(path: Path) -> Work:
     """A saved adapter as work that trains nothing."""
+    if (path / GATED).is_file():
+        state = decode((path / GATED).read_bytes())
+        scale = float(state.pop("scale")["scale"])
+        base = only(state, "left", "right")
+        return Work(train=without(state, "left", "right"), base=base, scale=scale, adapter=_gated)
     A, B, head, config = peft.read_adapter(path)
-    state = {"A": A, "B": B} | ({"head": head} if head else {})
-    return Work(train=state, scale=lora.scale(config["lora_alpha"], config["r"], config.get("use_rslora", False)))
+    factors = {"A": A, "B": B} | ({"head": head} if head else {})
+    return Work(train=factors, scale=lora.scale(config["lora_alpha"], config["r"], config.get("use_rslora", False)))
+
+
+def _write_gated(path: Path, *, state: State, scale: float) -> None:
+    (path / GATED).write_bytes(encode(state | {"scale": {"scale": torch.tensor(scale, dtype=torch.float64)}}))
+    (path / "README.txt").write_text(
+        "This model weighs its ranks by the input, which no PEFT adapter can: it is in a form of fedloom's own.\n"
+        "Score it with `fedloom evaluate RUN`; roles A (r, in), B (out, r), gate (parts, in): softmax(gate x) weighs equal\n"
+        "parts of the ranks, and what is added to each layer is scale * B diag(weights) A x.\n"
+    )
+
+
+def _gated(train: State, fixed: State) -> Factors:
+    return Factors(train["A"], train["B"], train["gate"])

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from fedloom.data import partition
-from fedloom.disk import disk_errors
+from fedloom.disk import write_new_folder
 from fedloom.errors import RunError
 from fedloom.models import peft
 from fedloom.runs import evaluate, export
 from fedloom.runs.experiment import experiment
 from fedloom.runs.run_directory import RunDirectory, digest_file, digest_files
+from fedloom.text import shown
 
 
 def adapter_of(run: RunDirectory, client: str | None) -> Path:
     """The adapter directory of the run, or of one of its clients. Raises RunError if it is not there."""
+    known = sorted(p.name for p in (run.path / "clients").glob("*"))
+    # A client is one of those names, never a path that leads out of the run.
     path = run.adapter if client is None else run.path / "clients" / client / "adapter"
-    if (path / "adapter_config.json").is_file():
+    if (client is None or client in known) and any(
+        (path / name).is_file() for name in ("adapter_config.json", export.GATED)
+    ):
         return path
     if client is None:
         raise RunError(f"{run.path} has no adapter yet: finish it with `fedloom resume {run.path}`")
-    known = sorted(p.name for p in (run.path / "clients").glob("*"))
     raise RunError(
-        f"{run.path} holds no model of client {client!r}: "
+        f"{run.path} holds no model of client {shown(client)}: "
         + (f"it has {', '.join(known)}" if known else "its method keeps nothing with the clients")
     )
 
@@ -36,29 +39,34 @@ def evaluate_saved(path: Path, client: str | None = None) -> dict[str, float]:
 
 
 def export_saved(path: Path, dest: Path, client: str | None = None, merge: bool = False) -> None:
-    """Copy a saved adapter to `dest`, or write the model with the adapter merged. `dest` must be new or empty."""
+    """Copy a saved adapter to `dest`, or write the model with the adapter merged. `dest` must be new or empty.
+
+    It is written beside `dest` and renamed: what is there is whole. Raises RunError if it cannot be written.
+    """
     run = RunDirectory.open(path)
     adapter = adapter_of(run, client)
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise RunError(f"{dest} exists and is not empty, expected a new or empty directory: choose another name")
-    with disk_errors(dest):
-        if not merge:
-            shutil.copytree(adapter, dest, dirs_exist_ok=True)
-            return
-        e = experiment(run.config())
-        e.trainer.close()  # the model's own layers are merged into
-        work = export.read(adapter)
-        peft.merge(
-            e.base.model,
-            work.train["A"],
-            work.train["B"],
-            work.scale,
-            {},
-            work.train.get("head"),
-            dest,
-            e.base.tokenizer,
-            e.tables.labels or None,
+    if not merge:
+        write_new_folder(dest, lambda folder: _copy(adapter, folder))
+        return
+    work = export.read(adapter)
+    if "gate" in work.train:
+        raise RunError(
+            f"{adapter} weighs its ranks by the input, and cannot be merged into weights: export it without --merge"
         )
+    e = experiment(run.config())
+    e.trainer.close()  # the model's own layers are merged into
+    A, B, head = work.train["A"], work.train["B"], work.train.get("head")
+    tokenizer, labels = e.base.tokenizer, e.tables.labels or None
+    write_new_folder(
+        dest, lambda folder: peft.merge(e.base.model, A, B, work.scale, {}, head, folder, tokenizer, labels)
+    )
+
+
+def _copy(adapter: Path, folder: Path) -> None:
+    for file in adapter.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
 
 
 def verify(path: Path) -> list[tuple[str, str | None, str | None]]:

@@ -21,15 +21,39 @@ from fedloom.runs.experiment import Experiment, with_clients
 from fedloom.runs.flower_node import agreement, local_worker
 from fedloom.runs.run_directory import RunDirectory, digest_file
 from fedloom.sampling import Sampler, fraction
+from fedloom.text import shown
 
 _FORMS: dict[str, Form] = {"float32": "raw", "bfloat16": "bfloat16", "int8": "int8"}
 
 
+OPEN_PORT = (
+    "while this run lasts, any user of this machine can submit an app to its SuperLink, and that app's code runs as you: "
+    "share the machine with nobody you do not trust, or use engine.name = 'inprocess' (SECURITY.md)"
+)
+"""What starting a whole deployment on one machine does not prevent."""
+
+
+def check_startable(config: RunConfig) -> None:
+    """Raise ConfigError if Flower is not installed, or the certificate's file is not there."""
+    sandbox.command("flower-superlink" if config.engine.superlink is None else "flwr")
+    named = config.engine.root_certificates
+    if named is not None and not Path(named).is_file():
+        raise ConfigError(
+            f"engine.root_certificates: there is no file {shown(named)}, expected the authority's PEM file"
+        )
+
+
 @contextmanager
-def connected(run: RunDirectory, e: Experiment, on_status: Callable[[str], None]) -> Iterator[Transport]:
+def connected(
+    run: RunDirectory,
+    e: Experiment,
+    on_status: Callable[[str], None],
+    on_warning: Callable[[str], None] = lambda what: None,
+) -> Iterator[Transport]:
     """The transport to the run's nodes while the block lasts.
 
-    Without engine.superlink a whole deployment is started on this machine, and stopped after.
+    Without engine.superlink a whole deployment is started on this machine, and stopped after; `on_warning` is told before
+    what that does not prevent.
     """
     c = e.config.engine
     if c.superlink is not None:
@@ -42,6 +66,7 @@ def connected(run: RunDirectory, e: Experiment, on_status: Callable[[str], None]
             finally:
                 transport.close()
         return
+    on_warning(OPEN_PORT)
     on_status("starting a SuperLink and its nodes")
     with sandbox.Deployment(node_count(e), run.path / "logs", lambda path: local_worker(path, c.threads)) as deployment:
         transport = deployment.connect()

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedloom import methods
-from fedloom.client import BUDGETS, Client
+from fedloom.client import BUDGETS, Client, whole_budget
 from fedloom.core import Method
 from fedloom.data import metrics
-from fedloom.disk import disk_errors
 from fedloom.errors import ConfigError
 from fedloom.runs import private
 from fedloom.runs.config import RunConfig
+from fedloom.text import shown
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,10 @@ class Plan:
 def plan(config: RunConfig) -> Plan:
     """The plan of a configuration. Raises ConfigError for a method, field or budget that is wrong."""
     lora = {"rank": config.lora.rank, "alpha": config.lora.alpha, "rslora": config.lora.rslora}
-    method = private.around(config, methods.build(config.method.model_dump(), lora))
-    budgets = {name: _budget(config, name, method.rank) for name in BUDGETS}
+    table = config.method.model_dump()
+    with _own_methods(table):
+        method = private.around(config, methods.build(table, lora))
+    budgets = {name: _budget(config, name, method) for name in BUDGETS}
     made = Plan(config, method, budgets)
     metrics.check(config.task.metrics or [], config.task.kind)
     for i in range(max(map(len, budgets.values()))):
@@ -50,11 +55,32 @@ def plan(config: RunConfig) -> Plan:
     return made
 
 
-def _budget(config: RunConfig, name: str, rank: int) -> list[Any]:
+@contextmanager
+def _own_methods(table: Mapping[str, Any]) -> Iterator[None]:
+    """Find `own_method:Damped` in the current folder too, after all that is installed: only where a run file names one."""
+    here = os.getcwd()
+    if here in sys.path or not any(":" in str(t.get("name")) for t in _tables(table)):
+        yield
+        return
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def _tables(table: object) -> Iterator[Mapping[str, Any]]:
+    """A method's table, and those under it."""
+    while isinstance(table, Mapping):
+        yield table
+        table = table.get("over")
+
+
+def _budget(config: RunConfig, name: str, method: Method) -> list[Any]:
     key = BUDGETS[name].key
     value = getattr(config.clients, key)
     if value is None:
-        return [rank]
+        return [whole_budget(method, name)]
     if isinstance(value, str):
         return _allocated(config, name, Path(value))
     values = value if isinstance(value, list) else [value]
@@ -67,15 +93,17 @@ def _allocated(config: RunConfig, name: str, path: Path) -> list[float]:
     """The values that `fedloom allocate` planned, one for each device."""
     where = f"clients.{BUDGETS[name].key}"
     try:
-        rates: dict[str, float] = json.loads(path.read_text())[name]
+        rates = json.loads(path.read_text())[name]
+        if not isinstance(rates, dict) or not all(type(rate) in (int, float) for rate in rates.values()):
+            raise TypeError(f"{name} is {shown(rates)}, expected device -> number")
     except FileNotFoundError:
         raise ConfigError(
             f"{where} names the allocation {str(path)!r}, which does not exist: make it with "
             f"`fedloom allocate FLEET.toml --out {path}`"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
-            f"{where}: {str(path)!r} is no allocation ({error}), expected JSON with a table {name}"
+            f"{where}: {shown(str(path))} is no allocation ({error}), expected JSON with a table {name}"
         ) from None
     if config.clients.count is not None and len(rates) != config.clients.count:
         raise ConfigError(
@@ -90,8 +118,12 @@ def absolute(config: RunConfig) -> RunConfig:
     def resolve(name: str | None) -> str | None:
         if name is None:
             return None
-        with disk_errors(Path(name)):
+        try:
+            if "\0" in name:  # exists() says no in some versions of Python, and raises in others
+                raise ValueError("it has a zero byte")
             return str(Path(name).resolve()) if Path(name).exists() else name
+        except (OSError, ValueError) as error:  # longer than a name may be, not to be read, or with a NUL in it
+            raise ConfigError(f"{shown(name)} is no path that can be read: {error}") from None
 
     values = config.model_dump()
     values["model"]["name"] = resolve(config.model.name)

@@ -20,10 +20,11 @@ from fedloom.engine import Engine, Job, Total
 from fedloom.errors import RunError
 from fedloom.flower.transport import Transport
 from fedloom.loop import Record, federate, in_order
-from fedloom.runs import budget, evaluate, export, flower_server, private, radio_cost
+from fedloom.runs import budget, evaluate, export, flower_server, private, radio_cost, track
 from fedloom.runs.config import RunConfig
 from fedloom.runs.contradictions import refuse_contradictions, refuse_too_many
 from fedloom.runs.experiment import Experiment, experiment
+from fedloom.runs.given import Given
 from fedloom.runs.plan import absolute, plan
 from fedloom.runs.record import Scores, line
 from fedloom.runs.run_directory import RunDirectory, digest_file, digest_files
@@ -61,9 +62,16 @@ class Observer:
     def doing(self, what: str) -> None:
         """What happens next, in a few words."""
 
+    def warning(self, what: str) -> None:
+        """What a person must know before it happens."""
+
 
 def start(
-    config: RunConfig, out: Path | None = None, observer: Observer | None = None, transport: Transport | None = None
+    config: RunConfig,
+    out: Path | None = None,
+    observer: Observer | None = None,
+    transport: Transport | None = None,
+    given: Given | None = None,
 ) -> Result:
     """Run a configuration in a new directory (by default the next free one below `runs/`).
 
@@ -73,18 +81,22 @@ def start(
     config = absolute(config)
     path = out if out is not None else free_name(config)
     RunDirectory.require_free(path)
+    track.check(config.track)
     # Whatever is wrong with method, data or model is told before anything is written.
-    e = _prepared(config, observer, transport)
+    e = _prepared(config, observer, transport, given)
     run = RunDirectory.create(path, config)
     with run.held():
         return _go(run, e, observer, transport, [])
 
 
-def _prepared(config: RunConfig, observer: Observer, transport: Transport | None) -> Experiment:
+def _prepared(config: RunConfig, observer: Observer, transport: Transport | None, given: Given | None) -> Experiment:
     """The experiment, with all checked that can be before the first round."""
     planned = plan(config)
-    refuse_contradictions(planned, here=transport is None and config.engine.name == "inprocess")
-    e = experiment(planned, observer.doing)
+    here = transport is None and config.engine.name == "inprocess"
+    refuse_contradictions(planned, here=here)
+    if not here and transport is None:
+        flower_server.check_startable(config)
+    e = experiment(planned, observer.doing, given=given)
     refuse_too_many(config, len(e.clients))
     e.rows.encode()
     if config.network is not None and transport is None and config.engine.superlink is None:
@@ -99,6 +111,7 @@ def resume(
     *,
     accept_changes: bool = False,
     back_to: int | None = None,
+    given: Given | None = None,
 ) -> Result:
     """Go on with a run from its newest checkpoint: it ends with the same adapter bytes as if it had never stopped.
 
@@ -116,7 +129,7 @@ def resume(
             for record in records:
                 observer.round(record)
             return Result(run.path, records)
-        e = experiment(run.config(), observer.doing)
+        e = experiment(run.config(), observer.doing, given=given)
         accepted = list(started.get("accepted_changes", []))
         if changed := _changes(run, started, e):
             if not accept_changes:
@@ -184,8 +197,9 @@ def _go(
         torch.set_num_threads(threads)
     here = transport is None and e.config.engine.name == "inprocess"
     reached = nullcontext(transport) if here or transport is not None else None
-    with reached or flower_server.connected(run, e, observer.doing) as link:
-        return _Run(run, e, observer, client_states, link, accepted).go(t, state, done)
+    link = reached or flower_server.connected(run, e, observer.doing, observer.warning)
+    with link as transport, track.tracked(run.path, e.config) as trackers:
+        return _Run(run, e, observer, client_states, transport, accepted, trackers).go(t, state, done)
 
 
 class _Run:
@@ -199,8 +213,9 @@ class _Run:
         client_states: ClientStates,
         transport: Transport | None,
         accepted: list[dict[str, Any]],
+        trackers: list[Any],
     ) -> None:
-        self.run, self.observer, self._accepted = run, observer, accepted
+        self.run, self.observer, self._accepted, self.trackers = run, observer, accepted, trackers
         self.budget, e = budget.opened(run.path, e)
         here = private.engine(e.config)(
             e.trainer,
@@ -234,7 +249,7 @@ class _Run:
         partition.save(dict(e.partition), self.run.partition_file)
         self.observer.assembled(e)
         for record in records:
-            self.observer.round(record)
+            self._tell(record)
         if self.budget is not None and not done:
             self.rounds = self.budget.last_round(max(t, 0), self.rounds)
             if self.rounds < c.train.rounds:
@@ -254,7 +269,7 @@ class _Run:
             e.clients,
             self.rounds,
             start=t + 1,
-            sample=flower_server.sampler(e),
+            sample=e.given.sampler or flower_server.sampler(e),
             limits=private.limits(c),
             recent_steps=[r["report"]["step_norm"] for r in records if "step_norm" in r.get("report", {})],
             on_round=self._after,
@@ -303,7 +318,11 @@ class _Run:
         spent = self.budget.spend(record, state) if self.budget is not None else None
         made = line(record, state, scores=scores, train_s=train_s, network=network, engine=engine, privacy=spent)
         self.run.append(made)
-        self.observer.round(made)
+        self._tell(made)
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        track.send(self.trackers, record)
+        self.observer.round(record)
 
     def _scores(self, state: State, t: int) -> Scores:
         """Of the server's model, or the mean over the clients' own models where there is no common one."""
@@ -375,5 +394,5 @@ def versions() -> dict[str, str]:
     """Of Python and the libraries that a result depends on."""
     from importlib.metadata import version
 
-    packages = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "flwr-datasets")
+    packages = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedloom.data import load, metrics
+from fedloom.data import chat, load, metrics
 from fedloom.data.glue import glue_fields, is_glue
 from fedloom.data.tokenize import labels_of
 from fedloom.errors import DataError
 from fedloom.rng import generator
-from fedloom.runs.config import RunConfig
+from fedloom.runs.config import RunConfig, TaskSection
+from fedloom.runs.given import GIVEN, Given
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,46 +32,69 @@ class Tables:
     labels: list[str]
     """Class names in sorted order; none unless it is a classification."""
     metrics: list[str]
+    chats: bool = False
+    """Whether `text` is a column of conversations."""
 
 
-def tables(config: RunConfig) -> Tables:
-    """Load, check, hold out and limit the rows that a run asks for."""
+def tables(config: RunConfig, given: Given | None = None) -> Tables:
+    """Load, check, hold out and limit the rows that a run asks for. Rows given stand for those that the configuration names."""
     task = config.task
+    given = given or Given()
     glue = glue_fields(task.data) if is_glue(task.data) else None
-    train = read(task.data)
-    held_out = None
-    if task.eval_data is not None:
+    train = read(task.data) if given.train is None else given.train
+    held_out = given.eval
+    if held_out is None and task.eval_data is not None:
         held_out = read(task.eval_data)
-    elif glue:
+    elif held_out is None and glue:
         held_out = load.load(task.data, split="validation")
-    if task.kind == "causal-lm":
+    chats = _chats(task, train) if task.kind == "causal-lm" else None
+    if chats is not None:
+        text, columns = [chats], []
+    elif task.kind == "causal-lm":
         text, columns = [task.prompt], [task.prompt, task.response]
     else:
         text = task.text or (glue[0] if glue else _text_column(train))
         columns = [*text, task.label]
-    load.require(train, columns)
+    _require(train, columns, chats)
     # Of the whole table: a class with few rows may be absent from a limited sample of it.
     labels = labels_of(train, task.label) if task.kind == "classification" else []
     if held_out is None:
-        stratify = task.label if task.kind == "classification" else None
+        stratify = given.column or (task.label if task.kind == "classification" else None)
         train, held_out = load.split(train, task.holdout, config.split_seed, stratify)
     else:
-        load.require(held_out, columns)
+        _require(held_out, columns, chats)
     train = _first(train, task.limit, config.split_seed, "train")
     held_out = _first(held_out, task.eval_limit, config.split_seed, "eval")
     proxy = None
     if task.proxy_data is not None:
         proxy = read(task.proxy_data)
-        load.require(proxy, columns)
+        _require(proxy, columns, chats)
     names = task.metrics or metrics.default_metrics(task.kind, task.data)
     metrics.check(names, task.kind, len(labels) if labels else None)
-    return Tables(train, held_out, proxy, text, labels, names)
+    return Tables(train, held_out, proxy, text, labels, names, chats is not None)
 
 
 def read(source: str) -> Dataset:
     """Rows of a data source; `NAME@SPLIT` asks for another split of a hub data set than train."""
+    if source == GIVEN:
+        raise DataError(
+            "the rows of this run were given in Python: give them to fedloom.resume, too (data=..., eval_data=...)"
+        )
     name, at, split = source.rpartition("@")
     return load.load(name, split) if at and not Path(source).exists() else load.load(source)
+
+
+def _chats(task: TaskSection, train: Dataset) -> str | None:
+    """The column of conversations, if there is one: the one named, or `messages` where there are no prompts."""
+    if task.messages is not None or task.prompt in train.column_names or "messages" not in train.column_names:
+        return task.messages
+    return "messages"
+
+
+def _require(rows: Dataset, columns: list[str], chats: str | None) -> None:
+    load.require(rows, columns)
+    if chats is not None:
+        chat.require_chats(rows, chats)
 
 
 def _text_column(train: Dataset) -> list[str]:

@@ -119,6 +119,7 @@ def _control(base: Mapping[str, Any], label: str) -> dict[str, Any]:
         return values | {"method": {"name": "fedloom.studies.alone:Alone"}, "clients": clients, "train": train}
     pooled = {key: x for key, x in clients.items() if key == "split_seed"} | {"count": 1, "partition": "iid"}
     if "local_steps" in train:
-        # As many samples a round as all clients together.
-        train["local_steps"] *= base.get("clients", {}).get("count", 4)
+        # As many samples a round as the clients of a round together.
+        share = base.get("clients", {})
+        train["local_steps"] *= max(1, round(share.get("count", 4) * share.get("fraction", 1.0)))
     return values | {"method": {"name": "fedit"}, "clients": pooled, "train": train}

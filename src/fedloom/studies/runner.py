@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,6 +57,7 @@ def _compare(study: Study, out: Path, jobs: int, progress: Progress) -> dict[str
     _run(planned.tuning_cells(study), out, clock, [cell.label for cell in scored], failed, progress)
     chosen, tried = choose(study, out)
     every = planned.cells(study, chosen)
+    index(study, out, every, tried, failed)  # so that a report can be had while the study goes on
     # The first draw alone: a budget out of reach is told before the others are run.
     first, others = [c for c in every if c.draw == 0], [c for c in every if c.draw > 0]
     _run(first, out, clock, [cell.label for cell in others], failed, progress)
@@ -96,6 +98,7 @@ def _one_by_one(todo: Sequence[Cell], out: Path, clock: Clock, later: list[str],
 
 def _at_once(todo: Sequence[Cell], out: Path, clock: Clock, later: list[str], progress: Progress) -> Iterator[Ended]:
     threads = max(1, (os.cpu_count() or 1) // clock.jobs)
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         clock.jobs, multiprocessing.get_context("spawn"), initializer=_worker, initargs=(os.getpid(), threads)
     )
@@ -106,11 +109,30 @@ def _at_once(todo: Sequence[Cell], out: Path, clock: Clock, later: list[str], pr
                 cell = waiting.pop(0)
                 labels = [c.label for c in (cell, *running.values(), *waiting)] + later
                 progress.cell(cell, clock.words(labels))
-                running[pool.submit(_train, cell, out)] = cell
+                with _uninterrupted():
+                    running[pool.submit(_train, cell, out)] = cell
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), *future.result()
+    except BaseException:
+        # A cell may be killed at any instant: it is gone on with.
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Workers that start in here inherit that Ctrl-C is not for them: it ends their parent, and so them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _worker(parent: int, threads: int) -> None:

@@ -139,8 +139,10 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Study:
     return parse(values | dict(overrides or {}), str(path), path.parent)
 
 
-def parse(values: Mapping[str, Any], source: str, folder: Path = Path()) -> Study:
-    """A study from nested values; `folder` is where its base run file is looked for first."""
+def parse(
+    values: Mapping[str, Any], source: str, folder: Path = Path(), base: Mapping[str, Any] | None = None
+) -> Study:
+    """A study from nested values; `folder` is where its base run file is looked for first, `base` is used instead of it."""
     if not values.get("methods"):
         raise ConfigError(f"{source}: it compares no methods, expected a table for each: [methods.fslora]")
     file = toml.validate(StudyFile, values, source)
@@ -157,8 +159,9 @@ def parse(values: Mapping[str, Any], source: str, folder: Path = Path()) -> Stud
         )
     if file.seeds is not None and (not file.seeds or len(set(file.seeds)) < len(file.seeds)):
         raise ConfigError(f"{source}: seeds is {file.seeds}, expected different whole numbers")
-    base = merged(configs.read_toml(_base(file.base, source, folder)), nested(file.set))
-    study = Study(Path(source).stem, file, base, _score(file, base, source))
+    read = configs.read_toml(_base(file.base, source, folder)) if base is None else base
+    changed = merged(read, nested(file.set))
+    study = Study(Path(source).stem, file, changed, _score(file, changed, source))
     _check_budget(study, source)
     return study
 

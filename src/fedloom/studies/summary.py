@@ -12,7 +12,7 @@ import numpy as np
 
 from fedloom import toml
 from fedloom.data.metrics import default_metrics
-from fedloom.errors import RunError
+from fedloom.errors import ConfigError, RunError
 from fedloom.studies import results, statistics
 from fedloom.studies.results import Scored, Trace
 from fedloom.studies.runner import FORMAT, INDEX
@@ -85,14 +85,19 @@ class Summary:
         return len(common_draws(self.methods)) if self.methods else 0
 
 
-def read(paths: Sequence[Path]) -> Summary:
-    """The summary of a study's directory, or of run directories. Raises RunError if it is neither."""
-    if len(paths) == 1 and (paths[0] / INDEX).is_file():
-        return _of_study(paths[0])
-    return _of_runs(paths)
+def read(paths: Sequence[Path], score: str | None = None) -> Summary:
+    """The summary of a study's directory, or of run directories, by the study's or task's score or another one.
+
+    Raises RunError if a path is neither, ConfigError if no run has that score.
+    """
+    study = len(paths) == 1 and (paths[0] / INDEX).is_file()
+    found = _of_study(paths[0], score) if study else _of_runs(paths, score)
+    if score is not None and not found.lines:
+        raise ConfigError(f'no run has a score named {score!r}: see the keys of "eval" in its rounds.jsonl')
+    return found
 
 
-def _of_study(path: Path) -> Summary:
+def _of_study(path: Path, asked: str | None) -> Summary:
     try:
         index = json.loads((path / INDEX).read_text())
     except (OSError, ValueError) as error:
@@ -103,34 +108,36 @@ def _of_study(path: Path) -> Summary:
         raise RunError(
             f"{path} has study format {index.get('format')!r}, expected {FORMAT}: run `fedloom compare` again"
         )
-    budget = index["study"].get("budget")
+    budget, score = index["study"].get("budget"), asked or index["score"]
+    # A target is a value of the study's own score.
+    target = index["study"].get("target") if score == index["score"] else None
     traces: dict[str, list[Trace]] = {}
     roles: dict[str, str] = {}
     for cell in index["cells"]:
         if results.finished(path / cell["key"]):
             roles[cell["label"]] = cell["role"]
-            trace = results.read(path / cell["key"], index["score"], cell["label"], cell["draw"])
+            trace = results.read(path / cell["key"], score, cell["label"], cell["draw"])
             traces.setdefault(cell["label"], []).append(trace)
     if not traces:
         raise RunError(f"no cell of the study in {path} has ended: go on with `fedloom compare`")
     return summarise(
         index["name"],
-        index["score"],
+        score,
         traces,
         roles,
         toml.validate(Budget, budget) if budget else None,
-        index["study"].get("target"),
+        target,
         index["tuning"],
         index["failed"],
         tested=index["study"].get("statistics") is not False,
     )
 
 
-def _of_runs(paths: Sequence[Path]) -> Summary:
+def _of_runs(paths: Sequence[Path], asked: str | None) -> Summary:
     """Runs that differ in seeds alone are draws of one method."""
     first = results.read(paths[0], "loss").config
     task = first["task"]
-    score = (task.get("metrics") or default_metrics(task["kind"], task["data"]))[0]
+    score = asked or (task.get("metrics") or default_metrics(task["kind"], task["data"]))[0]
     groups: dict[str, list[Trace]] = {}
     names: dict[str, str] = {}
     for path in paths:

@@ -43,9 +43,10 @@ class Axis:
         a, b, v = (math.log10(x) for x in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
         return self.start + (v - a) / (b - a) * (self.end - self.start)
 
-    def ticks(self) -> list[float]:
+    def ticks(self, whole: bool = False) -> list[float]:
         """Round numbers between the ends."""
-        return _decades(self.low, self.high) if self.log else steps(self.low, self.high)
+        found = _decades(self.low, self.high) if self.log else steps(self.low, self.high)
+        return [x for x in found if x == int(x)] if whole else found
 
 
 def steps(low: float, high: float, most: int = 6) -> list[float]:
@@ -94,7 +95,7 @@ def curves(
     least = min(positive) if log else min(min(s.x) for s in shown)
     x = Axis(least, max(positive) if max(positive) > least else least + 1, LEFT, WIDTH - RIGHT, log)
     y = Axis(*_range(shown, references), HEIGHT - BOTTOM, TOP)
-    parts = [_frame(x, y, x_label, y_label)]
+    parts = [_frame(x, y, x_label, y_label, whole=unit == "rounds")]
     parts += _references(references, y)
     parts += [_band(s, x, y) for s in shown]
     parts += [_curve(s, x, y, x_label) for s in shown]
@@ -121,13 +122,13 @@ def _references(references: Sequence[tuple[str, float]], y: Axis) -> list[str]:
     return parts
 
 
-def _frame(x: Axis, y: Axis, x_label: str, y_label: str) -> str:
+def _frame(x: Axis, y: Axis, x_label: str, y_label: str, whole: bool) -> str:
     parts = []
     for tick in y.ticks():
         at = _px(y(tick))
         parts.append(f'<path class="grid" d="M{LEFT} {at}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 5}" y="{_px(y(tick) + 4)}" text-anchor="end">{short(tick)}</text>')
-    for tick in x.ticks():
+    for tick in x.ticks(whole):
         parts.append(f'<text x="{_px(x(tick))}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{short(tick)}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
     middle = (LEFT + WIDTH - RIGHT) / 2

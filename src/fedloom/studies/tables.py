@@ -55,6 +55,17 @@ def cells_of(s: Summary, line: Line) -> list[str]:
     ]
 
 
+def text(s: Summary) -> list[str]:
+    """The table as lines of a terminal, columns in which nothing is known left out."""
+    rows = [[s.score if c == "score" else c for c in COLUMNS], *(cells_of(s, line) for line in s.lines)]
+    columns = [column for column in zip(*rows, strict=True) if set(column[1:]) != {"-"}]
+    padded = [
+        [cell.rjust(max(map(len, column))) if i else cell.ljust(max(map(len, column))) for cell in column]
+        for i, column in enumerate(columns)
+    ]
+    return ["  ".join(row).rstrip() for row in zip(*padded, strict=True)]
+
+
 def to_target(s: Summary, line: Line) -> str:
     """Mean bytes up and down to reach the target, and how many runs did."""
     if s.target is None:

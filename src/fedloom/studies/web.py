@@ -12,7 +12,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from fedloom import __version__, disk
-from fedloom.studies import charts, results, svg
+from fedloom.runs.run_directory import RunDirectory
+from fedloom.studies import charts, results, summary, svg
 from fedloom.studies.results import Trace
 from fedloom.studies.statistics import Difference
 from fedloom.studies.study import LOWER_IS_BETTER
@@ -30,6 +31,12 @@ def write(s: Summary, path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     disk.write(path, render(s).encode())
     return path
+
+
+def if_asked(path: Path) -> None:
+    """Write RUN/report.html of a finished run whose run file says so (track.report)."""
+    if RunDirectory.open(path).config().track.report:
+        write(summary.read([path]), path / "report.html")
 
 
 def render(s: Summary) -> str:
@@ -108,6 +115,8 @@ def _notes(s: Summary) -> list[str]:
         notes.append(f"Standard error of one score from the size of the test set alone: {errors}.")
     simulated = any(trace.simulated for line in s.methods for trace in line.traces)
     notes.append(f"Seconds are {'those of the simulated network' if simulated else 'measured, of training alone'}.")
+    megabytes = ", ".join(f"{line.label} {(line.up + line.down) / 1024**2:.2f}" for line in s.methods)
+    notes.append(f"Up and down by then in MB of 1024^2 bytes, as FlowerTune's leaderboard counts: {megabytes}.")
     for line in s.lines:
         if line.personal is not None:
             notes.append(

@@ -130,6 +130,13 @@ class AdaptedModel:
         self._layers.put(adapters, dropout)
         self._head = head
 
+    def blocks(self) -> list[GradientCheckpointingLayer]:
+        """The blocks whose activations can be recomputed. Raises ModelError if there are none."""
+        blocks = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not blocks:
+            raise ModelError(f"{type(self.model).__name__} cannot recompute activations: set checkpointing = false")
+        return blocks
+
     def train(self, base_dropout: bool, checkpointing: bool) -> None:
         """Choose the base's mode until `rest`: its own dropout, and activations recomputed in the backward pass.
 
@@ -137,12 +144,7 @@ class AdaptedModel:
         """
         if base_dropout:
             self.model.train()
-        if not checkpointing:
-            return
-        blocks = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        if not blocks:
-            raise ModelError(f"{type(self.model).__name__} cannot recompute activations: set checkpointing = false")
-        for block in blocks:
+        for block in self.blocks() if checkpointing else ():
             # transformers recomputes a block in training mode alone, in which some switch on their own dropout (OPT).
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             self._checkpointed.append(block)

@@ -29,7 +29,8 @@ class InputDropout:
         K, b = len(self.keys), x.shape[0] // len(self.keys)
         mask = torch.ones(K, b, *x.shape[1:], dtype=x.dtype)
         for k, key in enumerate(self.keys):
-            shape = (self.rows[k], *((self.lengths[k],) if x.ndim == 3 else ()), x.shape[-1])
+            real = (min(self.rows[k], b), *((min(self.lengths[k], x.shape[1]),) if x.ndim == 3 else ()))
+            shape = (*real, x.shape[-1])
             draw = torch.rand(shape, generator=generator(*key, site, "dropout"))
             mask[k][tuple(slice(0, n) for n in shape)] = (draw >= self.p).to(x.dtype) / (1.0 - self.p)
         return mask.view(x.shape).to(x.device)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedloom.core import Client, Group, State, Trained, Work, plain
+from fedloom.core import METRICS, Client, Group, State, Trained, Work, plain
 from fedloom.data.batches import Encoded, targets
 from fedloom.errors import MethodError
 from fedloom.train.adapted_model import AdaptedModel
@@ -142,16 +142,16 @@ class Record:
                 steps=len(m.plan),
                 lr_sum=self._lr_sum[k],
                 loss=sums[k] / len(m.plan) if m.plan else math.nan,
-                metrics={
-                    "loss_max": largest[k],
-                    "grad_norm_max": norms[k],
-                    "steps": float(len(m.plan)),
-                    "samples": float(sum(map(len, m.plan))),
-                    "tokens": float(m.data.lengths_of(np.concatenate(m.plan)).sum() if m.plan else 0),
-                },
+                metrics=dict(zip(METRICS, (largest[k], norms[k], *_counts(m)), strict=True)),
             )
             for k, (m, state) in enumerate(zip(self._members, states, strict=True))
         ]
+
+
+def _counts(m: Member) -> tuple[float, float, float]:
+    """(steps, samples, tokens) that a client trained on."""
+    tokens = m.data.lengths_of(np.concatenate(m.plan)).sum() if m.plan else 0
+    return float(len(m.plan)), float(sum(map(len, m.plan))), float(tokens)
 
 
 def heads(views: Views, fixed: Mapping[str, Tensor], K: int) -> Group:

@@ -57,10 +57,12 @@ class Trainer:
 
         `dtype` is that of the frozen base. What is trained is float32 always, or float64 where a state is, and then
         everything computes in float64. `kernels` chooses hand-written kernels where they compute the same as the readable
-        path, or never. Raises ModelError for a name that is no linear layer.
+        path, or never. Raises ModelError for a name that is no linear layer, or a model that cannot recompute activations.
         """
         self.settings = settings if settings is not None else Settings()
         self._model = AdaptedModel(model, sites, heads, torch.device(device), dtype, attention, kernels)
+        if self.settings.checkpointing:
+            self._model.blocks()
 
     def close(self) -> None:
         """Give the model back with its own layers in place."""

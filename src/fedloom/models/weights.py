@@ -1,0 +1,99 @@
+"""The weight files of a model directory: exactly those that transformers loads, and their hash, kept to read them once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedloom.errors import ModelError
+from fedloom.models.gguf import cache_dir
+from fedloom.text import shown
+
+_ORDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""The first of them that is there is loaded; an index names the files that are."""
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """What transformers loads from a model directory, in order of name. Raises ModelError if it cannot be told."""
+    if (directory / "adapter_config.json").exists():
+        raise ModelError(f"{directory} holds an adapter beside its model: merge it, or take adapter_config.json away")
+    named = _json(directory / "config.json").get("transformers_weights")
+    if named is not None:
+        raise ModelError(f"{directory / 'config.json'} names weights of its own ({shown(named)}): remove the entry")
+    first = next((name for name in _ORDER if (directory / name).is_file()), None)
+    if first is None:
+        raise ModelError(f"{directory} has no weights, expected one of {', '.join(_ORDER)}")
+    if not first.endswith(".index.json"):
+        return [directory / first]
+    names = sorted(_indexed(directory / first))
+    for name in names:
+        if Path(name).name != name or not (directory / name).is_file():
+            raise ModelError(f"{directory / first} names {shown(name)}, expected a file of the same directory")
+    return [directory / name for name in names]
+
+
+def _indexed(index: Path) -> set[str]:
+    """The files that an index names."""
+    found = _json(index).get("weight_map")
+    names = list(found.values()) if isinstance(found, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"{index} is no index of weights, expected file names in its weight_map")
+    return set(names)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read ({type(error).__name__}): get the model's files again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds {shown(value)}, expected an object: get the model's files again")
+    return value
+
+
+def read(directory: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Those of the parameters named that are in a model's safetensors files, as they are stored."""
+    from safetensors import safe_open
+
+    wanted = set(names)
+    found: dict[str, Tensor] = {}
+    for file in weight_files(directory):
+        if file.suffix == ".safetensors":
+            with safe_open(str(file), framework="pt") as tensors:
+                found |= {name: tensors.get_tensor(name) for name in tensors.keys() if name in wanted}  # noqa: SIM118
+    return found
+
+
+def sha256(directory: Path) -> str:
+    """Hash of a model's weights: of the file where there is one, of their hashes in order of name where there are more."""
+    hashes = [_file_sha256(file) for file in weight_files(directory)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _file_sha256(file: Path) -> str:
+    """Read again only when the file at this path has another size, time of change or inode."""
+    stat = file.stat()
+    what = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
+    kept = cache_dir() / "sha256" / hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        known = kept.read_text(encoding="ascii")
+        if len(known) == 64:
+            return known
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    now = file.stat()
+    if (now.st_size, now.st_mtime_ns, now.st_ino) != (stat.st_size, stat.st_mtime_ns, stat.st_ino):
+        return digest  # of something that changed meanwhile: not to be remembered
+    with contextlib.suppress(OSError):  # a cache that cannot be written is read through
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        beside = kept.with_name(f"{kept.name}.{os.getpid()}")
+        beside.write_text(digest, encoding="ascii")
+        beside.replace(kept)
+    return digest
