@@ -124,6 +124,7 @@ def resume(
                 observer.round(record)
             return Result(run.path, records)
         e = experiment(run.config(), observer.doing, given=given)
+        e.rows.encode()
         accepted = list(started.get("accepted_changes", []))
         if changed := _changes(run, started, e):
             if not accept_changes:
@@ -214,7 +215,7 @@ class _Run:
             e.rows_of,
             client_states=client_states,
             fresh=e.head,
-            cohort=e.cohort if transport is None else 1,
+            cohort=self._cohort(e) if transport is None else 1,
             proxy=e.server,
             secret=e.config.seed,
             score=lambda work: evaluate.score(e, work),
@@ -228,6 +229,11 @@ class _Run:
         self.rounds = e.config.train.rounds
         self.radio = radio_cost.plan(e.config, [c.id for c in e.clients]) if e.config.network is not None else None
         self._trained = 0
+
+    def _cohort(self, e: Experiment) -> int:
+        """What the run began with, if it is resumed: who trains in one pass decides the last bits of a result."""
+        began = self.run.manifest().get("cohort") if self.run.manifest_file.is_file() else None
+        return began if isinstance(began, int) and e.config.engine.cohort == "auto" else e.cohort
 
     def _progress(self, count: int) -> None:
         self._trained += count
@@ -353,7 +359,7 @@ class _Run:
                 "targets": e.targets,
                 "clients": {client.id: _without_id(client.to_dict()) for client in e.clients},
                 "rows": {"train": len(e.tables.train), "eval": len(e.tables.eval)},
-                "cohort": e.cohort,
+                "cohort": self._cohort(e),
                 "environment": {
                     "device": str(e.device),
                     "dtype": str(e.dtype).removeprefix("torch."),
