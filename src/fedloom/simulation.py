@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
+
 from fedloom.checkpoint import ClientStates
 from fedloom.client import Client, Failure
 from fedloom.core import Exchange, Method, Round, Send, Trained, Visit, Work
@@ -61,6 +63,7 @@ class Simulation(Generic[Rows]):
         self.cohort, self.proxy, self.secret = cohort, proxy, secret
         self.score, self.write, self.progress = score, write, progress
         self._train_s = 0.0
+        self._halved = 0
 
     def own(self, client: str) -> State:
         """What the client keeps: what it stored last, or the fresh state."""
@@ -99,18 +102,39 @@ class Simulation(Generic[Rows]):
                 self.write(job[0].id, self.model(method, job, t))
 
     def stats(self) -> dict[str, Any]:
-        said = {"train_s": round(self._train_s, 4)}
-        self._train_s = 0.0
+        said: dict[str, Any] = {"train_s": round(self._train_s, 4)}
+        if self._halved:
+            said |= {"out_of_memory": self._halved, "cohort": self.cohort}
+        self._train_s, self._halved = 0.0, 0
         return said
 
     def fit(self, works: Sequence[tuple[Client, Work]], t: int, part: int) -> list[Trained]:
         """Train works together, timed."""
+        data = [self.data(client.id) for client, _ in works]
         start = time.perf_counter()
         try:
-            return self.trainer.fit(works, [self.data(client.id) for client, _ in works], t, part)
+            return self._fit(works, data, t, part)
         finally:
             self._train_s += time.perf_counter() - start
             self.progress(len(works))
+
+    def _fit(self, works: Sequence[tuple[Client, Work]], data: Sequence[Rows], t: int, part: int) -> list[Trained]:
+        """In one pass; where the device has no memory for it, in two halves, and cohorts are no larger from then on."""
+        try:
+            return self.trainer.fit(works, data, t, part)
+        except (MemoryError, RuntimeError) as error:
+            if len(works) < 2 or not _exhausted(error):
+                raise
+        # Outside the handler, whose error holds on to what was computed.
+        half = (len(works) + 1) // 2
+        self.cohort = min(self.cohort, half)
+        self._halved += 1
+        return self._fit(works[:half], data[:half], t, part) + self._fit(works[half:], data[half:], t, part)
+
+
+def _exhausted(error: BaseException) -> bool:
+    """Whether a device had no memory left. PyTorch raises a plain RuntimeError for a CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 @dataclass

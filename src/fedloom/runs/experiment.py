@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from fedloom.models import huggingface
 from fedloom.models.dtypes import auto_dtype
 from fedloom.models.usable import row_length
 from fedloom.rng import generator
-from fedloom.runs import private
+from fedloom.runs import memory, private
 from fedloom.runs.canaries import Canaries
 from fedloom.runs.config import RunConfig
 from fedloom.runs.given import GIVEN, Given
@@ -37,9 +38,6 @@ from fedloom.train.trainer import Trainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-TOKENS_AT_ONCE = 4096
-"""What one pass over the base holds with cohort = "auto": enough to fill a processor, little enough for its memory."""
 
 
 @dataclass(frozen=True)
@@ -156,16 +154,32 @@ class Experiment:
         rows, planted = self.partition[client], self.rows.canaries
         return self.rows.train.select(rows if planted is None else [i for i in rows if i not in planted.left_out])
 
-    @property
+    @cached_property
     def cohort(self) -> int:
-        """How many clients train in one pass."""
+        """How many clients train in one pass: as memory and processor allow, where nobody says."""
         if not self.together:
             return 1
         asked = self.config.engine.cohort
         if asked != "auto":
             return asked
+        size = sum(x.numel() for x in self.base.model.parameters())
         tokens = self.config.train.batch_size * max(1.0, float(self.rows.train.lengths.mean()))
-        return max(1, min(32, int(TOKENS_AT_ONCE / tokens)))
+        return memory.cohort(self.memory, size, tokens, self.device, memory.free(self.device))
+
+    @cached_property
+    def memory(self) -> memory.Memory:
+        """What training takes, for a step of the longest rows."""
+        batch, rows = self.config.train.batch_size, self.rows.train
+        longest = np.sort(rows.lengths)[-batch:]
+        tokens = int(longest.max() * len(longest))
+        return memory.memory(
+            self.base.model,
+            self.dtype,
+            tokens=tokens,
+            answers=tokens if rows.kind == "causal-lm" else 0,
+            trained=self.parameters[0] + sum(x.numel() for group in self.head.values() for x in group.values()),
+            checkpointing=self.config.model.checkpointing,
+        )
 
     @cached_property
     def hashes(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fedloom.engine import Engine, Job, Total
 from fedloom.errors import RunError
 from fedloom.flower.transport import Transport
 from fedloom.loop import Record, federate, in_order
-from fedloom.runs import budget, evaluate, export, flower_server, private, radio_cost, track
+from fedloom.runs import budget, evaluate, export, flower_server, private, radio_cost, resumption, track
 from fedloom.runs.config import RunConfig
 from fedloom.runs.contradictions import refuse_contradictions, refuse_too_many
 from fedloom.runs.experiment import Experiment, experiment
@@ -122,16 +122,21 @@ def resume(
     run = RunDirectory.open(path)
     with run.held():
         if back_to is not None:
-            _go_back(run, back_to)
+            resumption.go_back(run, back_to)
         started = run.manifest() if run.manifest_file.is_file() else {}
-        if (run.checkpoint / "latest.json").exists() and checkpoint.load(run.checkpoint)[3] and _whole(run, started):
+        if (
+            (run.checkpoint / "latest.json").exists()
+            and checkpoint.load(run.checkpoint)[3]
+            and resumption.whole(run, started)
+        ):
             records = run.rounds()
             for record in records:
                 observer.round(record)
             return Result(run.path, records)
         e = experiment(run.config(), observer.doing, given=given)
+        e.rows.encode()
         accepted = list(started.get("accepted_changes", []))
-        if changed := _changes(run, started, e):
+        if changed := resumption.changes(run, started, e):
             if not accept_changes:
                 raise RunError(
                     f"{path} was made from something else: {', '.join(changed)} changed since it began. Restore what it was, "
@@ -139,34 +144,6 @@ def resume(
                 )
             accepted.append({"changed": changed})
         return _go(run, e, observer, transport, accepted)
-
-
-def _changes(run: RunDirectory, started: dict[str, Any], e: Experiment) -> dict[str, list[Any]]:
-    """What the manifest says that a run was made from and is now something else: name -> [then, now]."""
-    now = {"config": digest_file(run.config_file), **e.hashes, "labels": e.tables.labels}
-    then = started.get("hashes", {}) | ({"labels": started["labels"]} if "labels" in started else {})
-    if e.config.engine.superlink is not None:  # the rows are on the nodes, which have an agreement of their own
-        now.pop("partition")
-    return {name: [then[name], value] for name, value in now.items() if name in then and then[name] != value}
-
-
-def _whole(run: RunDirectory, manifest: dict[str, Any]) -> bool:
-    """Whether the adapters of a finished run are what its manifest says."""
-    hashes = manifest.get("hashes", {})
-    adapters = {"adapter": run.adapter} | {
-        f"adapter of {client}": run.path / "clients" / client / "adapter" for client in hashes.get("clients", {})
-    }
-    want = {"adapter": hashes.get("adapter")} | {
-        f"adapter of {client}": digest for client, digest in hashes.get("clients", {}).items()
-    }
-    return all(path.is_dir() and digest_files(path) == want[name] for name, path in adapters.items())
-
-
-def _go_back(run: RunDirectory, t: int) -> None:
-    """Make the checkpoint of an earlier round the newest one; records after it go."""
-    _, state, client_states, _ = checkpoint.load(run.checkpoint, t)
-    checkpoint.save(run.checkpoint, t, state, client_states, keep=t + 2)
-    run.keep_rounds(t)
 
 
 def free_name(config: RunConfig) -> Path:
@@ -223,7 +200,7 @@ class _Run:
             e.rows_of,
             client_states=client_states,
             fresh=e.head,
-            cohort=e.cohort if transport is None else 1,
+            cohort=self._cohort(e) if transport is None else 1,
             proxy=e.server,
             secret=e.config.seed,
             score=lambda work: evaluate.score(e, work),
@@ -237,6 +214,11 @@ class _Run:
         self.rounds = e.config.train.rounds
         self.radio = radio_cost.plan(e.config, [c.id for c in e.clients]) if e.config.network is not None else None
         self._trained = 0
+
+    def _cohort(self, e: Experiment) -> int:
+        """What the run began with, if it is resumed: who trains in one pass decides the last bits of a result."""
+        began = self.run.manifest().get("cohort") if self.run.manifest_file.is_file() else None
+        return began if isinstance(began, int) and e.config.engine.cohort == "auto" else e.cohort
 
     def _progress(self, count: int) -> None:
         self._trained += count
@@ -371,7 +353,7 @@ class _Run:
                 "targets": e.targets,
                 "clients": {client.id: _without_id(client.to_dict()) for client in e.clients},
                 "rows": {"train": len(e.tables.train), "eval": len(e.tables.eval)},
-                "cohort": e.cohort,
+                "cohort": self._cohort(e),
                 "environment": {
                     "device": str(e.device),
                     "dtype": str(e.dtype).removeprefix("torch."),
