@@ -17,8 +17,6 @@ import torch
 from fedloom.data import packaged
 
 torch.set_num_threads(1)
-# More of each property test: pytest --hypothesis-profile long
-hypothesis.settings.register_profile("long", max_examples=5000)
 
 # `HYPOTHESIS_PROFILE=long pytest -m fuzz` looks longer, and elsewhere each time.
 hypothesis.settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True, database=None)
