@@ -127,3 +127,16 @@ def test_a_client_whose_update_was_not_used_costs_what_crossed() -> None:
         assert after["down_s"] == before["down_s"] > 0.0 and after["up_s"] == before["up_s"]
         assert after["joules"] == after["transmit_j"] + after["overhead_j"] > 0.0
     assert got["devices"]["b"]["transmit_j"] > 0.0 == got["devices"]["c"]["transmit_j"]
+
+
+def test_what_the_wire_rounds_is_not_paid_for() -> None:
+    """In bfloat16 half of the bytes of the tensors cross: half of the seconds and joules of sending."""
+    problem = random_fleet(2, 6, 1).problem()
+    network = Network.of(problem, allocate(problem, "psca"), ids=["a", "b"])
+    record = Record(1, clients=["a", "b"], per_client={"a": [4000, 3000], "b": [4000, 3000]})
+    record.up.add({"A": 6000})
+    record.down.add({"A": 8000})
+    whole, half = cost(network, record), cost(network, record, {"up": 3000, "down": 8000})
+    for client in ("a", "b"):
+        before, after = whole["devices"][client], half["devices"][client]
+        assert after["up_s"] == pytest.approx(before["up_s"] / 2) and after["down_s"] == before["down_s"]

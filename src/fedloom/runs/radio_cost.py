@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,13 +28,19 @@ def plan(config: RunConfig, ids: Sequence[str]) -> Network:
     return Network.of(problem, allocation, ids=ids)
 
 
-def cost(network: Network, record: Record) -> NetworkRound:
+def cost(network: Network, record: Record, wire: Mapping[str, int] | None = None) -> NetworkRound:
     """Simulated seconds and joules of a round by client, beside what the plan predicted.
 
-    Bytes are those of every client that was asked, used or not; samples are known of used updates only.
+    Bytes are those of every client that was asked, used or not; samples are known of used updates only. `wire` is what an
+    engine's messages took in all, `down` and `up`: in bfloat16 or int8 that is less than the tensors are.
     """
+    share = {"down": 1.0, "up": 1.0}
+    for way, count in (("down", record.down), ("up", record.up)):
+        tensors = sum(count.as_dict().values())
+        if wire is not None and tensors:
+            share[way] = wire[way] / tensors
     return network.round(
-        bytes_up={k: up for k, (_, up) in record.per_client.items()},
-        bytes_down={k: down for k, (down, _) in record.per_client.items()},
+        bytes_up={k: round(up * share["up"]) for k, (_, up) in record.per_client.items()},
+        bytes_down={k: round(down * share["down"]) for k, (down, _) in record.per_client.items()},
         samples={k: int(m["samples"]) for k, m in record.metrics.items() if k in record.per_client and "samples" in m},
     )
