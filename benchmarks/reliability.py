@@ -145,7 +145,10 @@ def federations(scale: float) -> Trials:
 
 
 def _played(seed: int) -> str:
-    played = federation.check(seed)
+    try:
+        played = federation.check(seed)
+    except Exception as error:
+        raise AssertionError(f"seed {seed}: {error}") from error
     return "calm bytes, nobody missing" if not played.missing else "bytes without those recorded as missing"
 
 
