@@ -295,7 +295,11 @@ class _Run:
     def _write(self, record: Record, state: State, scores: Scores | None) -> None:
         stats = self.engine.stats()
         train_s = stats.pop("train_s")
-        network = radio_cost.cost(self.radio, record, stats.get("wire")) if self.radio is not None and record.stage == "clients" else None
+        network = (
+            radio_cost.cost(self.radio, record, stats.get("wire"))
+            if self.radio is not None and record.stage == "clients"
+            else None
+        )
         engine = stats if record.t > 0 else None
         spent = self.budget.spend(record, state) if self.budget is not None else None
         made = line(record, state, scores=scores, train_s=train_s, network=network, engine=engine, privacy=spent)
