@@ -27,6 +27,8 @@ from fedloom.spec import like
 from fedloom.state import Group, Sites, State, only, zeros_like
 
 ROLES = ("A", "B")
+# What a client sends, and the sum that it is added to: names of their own, as a change is no newer version of a sum.
+CHANGES = {"change_A": "sum_A", "change_B": "sum_B", "joined": "clients"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +53,12 @@ class FedALT(LoRA):
     async def server(self, state: State, round: Round) -> State:
         mean = await Mean(
             send=lambda client: self.serve(state, client),
-            expects=lambda client, sent: like(sent, "sum_A", "sum_B", "clients"),
+            expects=lambda client, sent: {change: like(sent, total)[total] for change, total in CHANGES.items()},
             weight=lambda client: 1.0,
         )
         moved = {
-            role: {site: state[role][site] + mean.weight * x for site, x in group.items()}
-            for role, group in mean.state.items()
+            total: {site: x + mean.weight * mean.state[change][site] for site, x in state[total].items()}
+            for change, total in CHANGES.items()
         }
         return state | moved
 
@@ -64,13 +66,13 @@ class FedALT(LoRA):
         done = await self.model(received, own, visit)
         before = only(own, *ROLES) or zeros_like(only(done.state, *ROLES))
         change = {
-            f"sum_{role}": {site: x - before[role][site] for site, x in done.state[role].items()} for role in ROLES
+            f"change_{role}": {site: x - before[role][site] for site, x in done.state[role].items()} for role in ROLES
         }
         joined = torch.full_like(received["clients"]["count"], float("A" not in own))
-        return change | {"clients": {"count": joined}}, done.state
+        return change | {"joined": {"count": joined}}, done.state
 
     def serve(self, state: State, client: Client) -> State:
-        return only(state, "sum_A", "sum_B", "clients", "frozen")
+        return only(state, *CHANGES.values(), "frozen")
 
     def model(self, received: State, own: State, visit: Visit) -> Work:
         fixed = {f"rest_{role}": self._rest(received, own, role) for role in ROLES}
