@@ -17,14 +17,14 @@ from fedloom.errors import RunError
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an error of writing into one RunError that says what is lost: nothing."""
+def disk_errors(path: Path, then: str = "resume the run") -> Iterator[None]:
+    """Turn an error of writing into one RunError that says what is lost (nothing), and what to do `then`."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors says a full disk with a class of its own
         why = getattr(error, "strerror", None) or error
         raise RunError(
-            f"cannot write {path}: {why}. Nothing is lost: free space or fix the permissions, then resume the run"
+            f"cannot write {path}: {why}. Nothing is lost: free space or fix the permissions, then {then}"
         ) from error
 
 
@@ -64,17 +64,39 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def write_new_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """As `write_folder`, where `path` is new or empty and its neighbours are somebody's: nothing that was there is touched."""
-    with disk_errors(path):
+    """As `write_folder`, where `path` is new or empty and its neighbours are somebody's: nothing that was there is touched.
+
+    An empty folder stays the one that it was, as it may be where the command is run.
+    """
+    with disk_errors(path, then="export again"):
+        path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
         try:
             _fill(beside, fill)
-            os.replace(beside, path)
+            if path.exists():
+                _move(beside, path)
+            else:
+                os.replace(beside, path)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
         sync_folder(path.parent)
+
+
+def _move(source: Path, dest: Path) -> None:
+    """Move all that is in one folder into another, or leave the other as it was."""
+    moved: list[Path] = []
+    try:
+        for file in sorted(source.iterdir()):
+            moved.append(dest / file.name)
+            os.replace(file, moved[-1])
+        sync_folder(dest)
+        source.rmdir()
+    except BaseException:
+        for file in moved:
+            file.unlink(missing_ok=True)
+        raise
 
 
 def _fill(folder: Path, fill: Callable[[Path], None]) -> None:

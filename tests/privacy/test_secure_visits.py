@@ -170,7 +170,7 @@ def test_what_fewer_than_min_clients_train_is_not_summed() -> None:
 def test_what_cannot_be_left_out_is_refused() -> None:
     method = build({"name": "fednova", "over": {"name": "fslora"}}, {"rank": RANK})
     clients = [Client(k, 10, rank) for rank, k in enumerate("abcd", 1)]
-    with pytest.raises(RoundError, match=r"fewer than 3 clients \(privacy.min_cover\).*missing role nova_tau"):
+    with pytest.raises(RoundError, match=r"fewer than 3 clients \(privacy.min_cover\).*missing role .*nova_tau"):
         one_round(method, toy(), start(method), clients, 1)
 
 

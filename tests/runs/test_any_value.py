@@ -6,6 +6,7 @@ import copy
 from dataclasses import fields
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,6 +70,7 @@ def outcome(key: str, value: Any, method: str = "fslora") -> str:
     return "planned"
 
 
+@pytest.mark.filterwarnings("ignore:.*is the old form:FutureWarning")
 @settings(deadline=None, max_examples=3 * settings().max_examples)
 @given(st.sampled_from(dotted_keys()), values)
 def test_any_value_at_any_key(key: str, value: Any) -> None:
@@ -77,6 +79,7 @@ def test_any_value_at_any_key(key: str, value: Any) -> None:
     outcome(key, value)
 
 
+@pytest.mark.filterwarnings("ignore:.*is the old form:FutureWarning")
 @settings(deadline=None, max_examples=3 * settings().max_examples)
 @given(st.sampled_from(method_keys()), values)
 def test_any_value_of_any_field_of_any_method(place: tuple[str, str], value: Any) -> None:
