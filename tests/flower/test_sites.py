@@ -84,7 +84,7 @@ def test_two_sites_with_tls_and_node_authentication(settings: Settings, question
         train={"rounds": 2, "local_steps": 2, "evaluate_every": 0},
         engine={"deadline_s": 60.0, "patience_s": 120.0, "threads": 1},
     )
-    del values["clients"]
+    values["clients"] = {"partition": "dirichlet"}  # of a simulation with the same file
     (folder / "run.toml").write_text(tomli_w.dumps(values))
     env = sandbox.environment(folder / "home")
     port, *runtime = free_ports(4)
@@ -133,6 +133,9 @@ def test_two_sites_with_tls_and_node_authentication(settings: Settings, question
         serve += ["--root-certificates", str(folder / "ca.crt"), "--out", str(folder / "run")]
         done = subprocess.run(serve, capture_output=True, text=True, timeout=240, env=os.environ | env, cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
+        assert "clients.partition: of no effect, as each node brings its own" in " ".join(
+            (done.stdout + done.stderr).split()
+        )
         until = time.monotonic() + 30
         while supervisors[1].running("supernode-stranger") and time.monotonic() < until:
             time.sleep(0.2)

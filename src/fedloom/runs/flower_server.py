@@ -16,7 +16,7 @@ from fedloom.flower import sandbox
 from fedloom.flower.codec import Form
 from fedloom.flower.coordinator import Coordinator, RoundPolicy
 from fedloom.flower.transport import Transport
-from fedloom.runs.config import RunConfig
+from fedloom.runs.config import ClientsSection, RunConfig
 from fedloom.runs.experiment import Experiment, with_clients
 from fedloom.runs.flower_node import agreement, local_worker
 from fedloom.runs.run_directory import RunDirectory, digest_file
@@ -42,6 +42,9 @@ def check_startable(config: RunConfig) -> None:
             f"engine.root_certificates: there is no file {shown(named)}, expected the authority's PEM file"
         )
 
+BROUGHT = ("partition", "alpha", "field", "classes_per_client", "split_seed", "ranks", "keep")
+"""Keys of [clients] for a simulation alone: nodes that are there already have rows and budgets of their own."""
+
 
 @contextmanager
 def connected(
@@ -53,10 +56,12 @@ def connected(
     """The transport to the run's nodes while the block lasts.
 
     Without engine.superlink a whole deployment is started on this machine, and stopped after; `on_warning` is told before
-    what that does not prevent.
+    what that does not prevent. With it, what of [clients] has no effect.
     """
     c = e.config.engine
     if c.superlink is not None:
+        if unused := [key for key in BROUGHT if getattr(e.config.clients, key) != getattr(ClientsSection(), key)]:
+            on_warning(f"{', '.join(f'clients.{key}' for key in unused)}: of no effect, as each node brings its own")
         on_status(f"waiting for the SuperLink at {c.superlink}")
         certificates = None if c.root_certificates is None else Path(c.root_certificates)
         with tempfile.TemporaryDirectory(prefix="fedloom-") as folder:
