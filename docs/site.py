@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 ABOVE = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
     "benchmarks/README.md": "benchmarks.md",
     "benchmarks/studies/README.md": "studies.md",
 }
@@ -55,7 +56,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Point links at files above this folder to their pages here."""
     for source, name in ABOVE.items():
         markdown = markdown.replace(f"](../{source}", f"]({name}").replace(f"]({source}", f"]({name}")
-    return re.sub(r"\]\((?:\.\./)?(examples/[^)]+|src/[^)]+)\)", r"] (`\1`)", markdown)
+    return re.sub(r"\]\((?:\.\./)?((?:examples|src|tests)/[^)]+)\)", r"] (`\1`)", markdown)
 
 
 @cache
