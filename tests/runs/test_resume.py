@@ -175,7 +175,7 @@ def test_what_changed_is_named_and_needs_consent(
     run = done(settings, tmp_path, task={"data": str(data)}, model={"name": str(model)})
     unfinished(run)
     rows = data.read_text().splitlines()
-    before = {path: path.read_bytes() for path in (data, run / "run.toml", *model.glob("*.safetensors"))}
+    before = {path: path.read_bytes() for path in (data, run / "run.toml", *model.iterdir())}
 
     def damaged(path: Path, content: bytes) -> dict[str, Any]:
         path.write_bytes(content)
@@ -197,6 +197,12 @@ def test_what_changed_is_named_and_needs_consent(
     changed = bytearray(before[weights])
     changed[-2] ^= 1
     assert "model" in damaged(weights, bytes(changed))["message"]
+    shape = json.loads(before[model / "config.json"])
+    epsilon = json.dumps(shape | {"layer_norm_eps": 1e-3}).encode()
+    assert "model_config" in damaged(model / "config.json", epsilon)["message"]
+    cuts = json.loads(before[model / "tokenizer.json"])
+    cuts["normalizer"] = {"type": "Lowercase"}
+    assert "tokenizer" in damaged(model / "tokenizer.json", json.dumps(cuts).encode())["message"]
     for old, new in (("seed = 0", "seed = 1"), ("lr = 0.01", "lr = 0.02"), ('name = "fslora"', 'name = "fedit"')):
         text = before[run / "run.toml"].decode()
         assert old in text

@@ -101,7 +101,8 @@ def test_a_study_killed_twice_goes_on(run_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from fedloom.cli.main import main; main()"]
     command += ["compare", str(file), "--out", str(out)]
     for least in (1, 3):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        env = os.environ | {"OMP_NUM_THREADS": "1"}  # as this process: sums over more threads have other last bits
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, env=env)
         deadline = time.monotonic() + 180
         while len(list(out.glob("*/*/run.toml"))) <= least and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -22,7 +22,7 @@ from fedloom.data.metrics import NEEDS_TEXT
 from fedloom.data.tokenize import Encoded, encode_causal, encode_labelled
 from fedloom.errors import ConfigError, ModelError
 from fedloom.flows import rehearse
-from fedloom.models import huggingface
+from fedloom.models import huggingface, identity
 from fedloom.models.dtypes import auto_dtype
 from fedloom.models.usable import row_length
 from fedloom.rng import generator
@@ -186,6 +186,8 @@ class Experiment:
         """What the run was made from. Reads every row: once a process is enough."""
         found = {
             "model": self.base.sha256,
+            "model_config": identity.config_sha256(self.base.model.config),
+            "tokenizer": identity.tokenizer_sha256(self.base.tokenizer),
             "data": load.fingerprint(self.tables.train),
             "eval_data": load.fingerprint(self.tables.eval),
             "partition": partition.digest(dict(self.partition)),

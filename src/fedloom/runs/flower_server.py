@@ -42,6 +42,7 @@ def check_startable(config: RunConfig) -> None:
             f"engine.root_certificates: there is no file {shown(named)}, expected the authority's PEM file"
         )
 
+
 BROUGHT = ("partition", "alpha", "field", "classes_per_client", "split_seed", "ranks", "keep")
 """Keys of [clients] for a simulation alone: nodes that are there already have rows and budgets of their own."""
 
