@@ -66,7 +66,8 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 def write_new_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """As `write_folder`, where `path` is new or empty and its neighbours are somebody's: nothing that was there is touched.
 
-    An empty folder stays the one that it was, as it may be where the command is run.
+    One rename makes it appear. Only where the command is run, which a shell would lose with a rename, files are moved in one by
+    one: a crash between them leaves the folder incomplete, and no longer empty.
     """
     with disk_errors(path, then="export again"):
         path = path.resolve()
@@ -74,7 +75,7 @@ def write_new_folder(path: Path, fill: Callable[[Path], None]) -> None:
         beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
         try:
             _fill(beside, fill)
-            if path.exists():
+            if path == Path.cwd():
                 _move(beside, path)
             else:
                 os.replace(beside, path)
