@@ -91,6 +91,6 @@ def check_followed(method: object, client: Client, followed: frozenset[str], who
         value, whole = getattr(client, name), whole_budget(method, name)
         if value != whole and name not in followed:
             raise ConfigError(
-                f"{who} follows no {name} budget, got {name} {value:g} for client {client.id!r}, expected {whole:g}: "
+                f"{who} follows no {name} budget, got {name} {value:g}, expected {whole:g}: "
                 f"remove {budget.key} from [clients], or choose a method that follows it (see `fedloom methods`)"
             )

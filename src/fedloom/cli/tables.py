@@ -84,7 +84,8 @@ def _explain_method(console: Console, each: Description) -> None:
 
     say(f"{each.name}: {each.summary}", "bold")
     say(f"{each.paper}\n")
-    say(inspect.getdoc(get(each.name)) or "")
+    paragraphs = (inspect.getdoc(get(each.name)) or "").split("\n\n")
+    say("\n\n".join(" ".join(text.split()) for text in paragraphs))
     facts = Table.grid(padding=(0, 2), pad_edge=False)
     personal = {"no": "no", "yes": "every client ends with a model of its own", "after": "trained after the last round"}
     rows = {
