@@ -238,7 +238,7 @@ def test_sums_below_min_clients_are_refused() -> None:
     at.upload("c002")
     with pytest.raises(RoundError, match="a sum of 2 clients is not opened, expected at least 3"):
         at.answer()
-    with pytest.raises(RoundError, match="2 clients sent masked uploads, expected at least 3"):
+    with pytest.raises(RoundError, match="2 of 3 clients sent a masked upload, expected at least 3"):
         at.server.open({})
     few = replace(at.terms, keys={i: at.terms.keys[i] for i in at.ids[:2]})
     with pytest.raises(RoundError, match=r"a sum of 2 clients, expected at least 3 \(privacy.min_clients\)"):

@@ -17,6 +17,7 @@ import hmac
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import combinations, islice
 
 from cryptography.exceptions import InvalidTag
@@ -51,17 +52,28 @@ class Terms:
     part: int = 0
     """Which exchange of the round it is."""
     attempt: bytes = field(default_factory=lambda: os.urandom(16))
+    """The server's, new for each."""
     least: int = 2
     """A client helps to open no sum of fewer."""
+    about: bytes = b""
+    """A digest of whatever else clients are told of the sum."""
+
+    @cached_property
+    def bound(self) -> bytes:
+        """The attempt with all the terms in it, 16 bytes: clients that are told different ones share no masks."""
+        keys = [part for name, key in sorted(self.keys.items()) for part in (name, key)]
+        grid = (self.fixed.count, repr(self.fixed.limit), self.fixed.bits)
+        told = joined("fedloom-sum-1", self.run, self.t, self.part, self.attempt, self.least, *grid, self.about, *keys)
+        return hashlib.sha256(told).digest()[:16]
 
     @property
     def context(self) -> tuple[str, int, int, bytes]:
         """What makes this sum unlike any other."""
-        return self.run, self.t, self.part, self.attempt
+        return self.run, self.t, self.part, self.bound
 
     def graph(self) -> tuple[dict[str, list[str]], int]:
         """Neighbours, and shares that open a secret."""
-        return graph.neighbours(self.keys, self.attempt)
+        return graph.neighbours(self.keys, self.bound)
 
 
 @dataclass(frozen=True)
@@ -198,11 +210,20 @@ class Aggregator:
         """Sender -> the box that it sealed for this client."""
         return {j: boxes[client] for j, boxes in self._boxes.items() if client in boxes}
 
+    def require_enough(self) -> None:
+        """Raise RoundError if no client would open the sum of those who are present."""
+        there, least = set(self._boxes), self.terms.least
+        if len(there) < least:
+            raise RoundError(
+                f"round {self.terms.t}: {len(there)} of {len(self.terms.keys)} clients sent a masked upload, expected at least "
+                f"{least} (privacy.min_clients). The checkpoint of round {self.terms.t - 1} stands; resume"
+            )
+
     def open(self, answers: Mapping[str, Shares]) -> Tensor:
         """The sum of the words of all who are present. Raises RoundError if too few shares came, or they do not fit."""
+        self.require_enough()
         total, there = self._sum, set(self._boxes)
-        if total is None or len(there) < self.terms.least:
-            raise RoundError(f"{len(there)} clients sent masked uploads, expected at least {self.terms.least}")
+        assert total is not None
         for j in self.present:
             total = total - mask(self._seed(j, OWN, answers), total)
             for lost in self._around[j]:
@@ -227,6 +248,11 @@ class Aggregator:
             if hmac.compare_digest(fingerprint(seed), self._hashes[j][name]):
                 return seed
         raise RoundError(f"the shares for the mask of {j!r} do not fit what it announced: some were changed")
+
+
+def shares_size(shares: Shares) -> int:
+    """Bytes of the shares that a client gives."""
+    return sum(len(share) for by in shares.values() for share in by.values())
 
 
 def seed_names(j: str, group: Collection[str]) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -69,6 +71,16 @@ class Layout:
                 for site, x in sorted(group.items())
             )
         )
+
+    @cached_property
+    def digest(self) -> bytes:
+        """16 bytes of sha256."""
+        return hashlib.sha256(repr(self.leaves).encode()).digest()[:16]
+
+    @property
+    def size(self) -> int:
+        """Numbers of the vector."""
+        return sum(math.prod(shape) for _, _, shape, _ in self.leaves)
 
     def vector(self, state: State) -> Tensor:
         """The state as one float64 vector. Raises ValueError if it is of another layout."""
