@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ def run_file(settings: Settings, tmp_path: Path) -> Path:
 
 
 def parsed(run_file: Path, **values: Any) -> Study:
-    return study.parse({"base": run_file.name, "draws": 2} | values, "study.toml", run_file.parent)
+    """A study whose controls are not tuned, to save time."""
+    defaults = {"base": run_file.name, "draws": 2, "controls": {"grid": {"train.lr": [3e-2]}}}
+    return study.parse(defaults | values, "study.toml", run_file.parent)
 
 
 class Seen(Progress):
@@ -149,14 +152,14 @@ def test_a_budget_that_no_method_reaches_is_told_after_one_draw(run_file: Path, 
 
 def test_a_grid_is_decided_by_its_tuning_draws(run_file: Path, tmp_path: Path) -> None:
     methods = {"fedit": {"grid": {"train": {"lr": [1e-6, 3e-2]}}}}
-    runner.compare(parsed(run_file, draws=1, methods=methods), tmp_path / "out")
+    runner.compare(parsed(run_file, draws=1, methods=methods, controls={}), tmp_path / "out")
     found = summary.read([tmp_path / "out"])
-    assert [(t["point"], t["chosen"]) for t in found.tuning] == [
-        ({"train.lr": 1e-6}, False),
-        ({"train.lr": 3e-2}, True),
+    assert [(t["label"], t["point"]["train.lr"], t["chosen"]) for t in found.tuning] == [
+        (label, lr, lr == 3e-2) for label in ("fedit", "alone", "pooled") for lr in (1e-6, 3e-2)
     ]
-    assert found.tuning[1]["scores"] < found.tuning[0]["scores"]
-    assert found.lines[0].traces[0].config["train"]["lr"] == 3e-2
+    for low, high in pairwise(found.tuning):
+        assert not high["chosen"] or high["scores"] < low["scores"]
+    assert [line.traces[0].config["train"]["lr"] for line in found.lines] == [3e-2] * 4
 
 
 def test_a_cell_that_fails_does_not_stop_the_others(run_file: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def write(settings: Settings, tmp_path: Path) -> Write:
 
 
 def chosen(made: Study) -> dict[str, dict[str, Any]]:
-    return {label: {} for label in made.file.methods}
+    return {label: points[0] for label, points in cells.grids(made).items()}
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,7 @@ def chosen(made: Study) -> dict[str, dict[str, Any]]:
             r"expected one of bytes, seconds, joules, rounds, samples",
         ),
         ("budget.joules = 2\n[methods.fedit]", r"joules needs a simulated network"),
+        ("controls.grid.train.lr = []\n[methods.fedit]", r"\[controls\]: grid.train.lr is \[\], expected a list of values"),
         ("[methods.pooled]", r"none of the controls'"),
         ('[methods."../x"]', r"a label is letters, digits"),
     ],
@@ -107,7 +108,7 @@ def test_a_grid_is_tuned_on_draws_of_its_own(write: Write) -> None:
     made = write(
         "draws = 2\ntuning.draws = 2\n[methods.fedit]\ngrid.train.lr = [0.1, 0.2]\ngrid.lora.rank = [2]\n[methods.fslora]"
     )
-    tuning = cells.tuning_cells(made)
+    tuning = [c for c in cells.tuning_cells(made) if c.label == "fedit"]
     assert [(c.point, c.config().train.lr, c.config().lora.rank) for c in tuning] == 2 * [
         ({"train.lr": lr, "lora.rank": 2}, lr, 2) for lr in (0.1, 0.2)
     ]
@@ -122,6 +123,23 @@ def test_controls_train_as_much_as_the_clients_together(write: Write) -> None:
     )
     assert (pooled.clients.count, pooled.clients.keep, pooled.train.local_steps) == (1, 1.0, 10)
     assert (alone.clients.count, alone.clients.fraction, alone.train.local_steps) == (3, 1.0, 5)
+
+
+def test_controls_have_learning_rates_of_their_own(write: Write) -> None:
+    def rates(text: str) -> dict[str, list[float]]:
+        points = cells.grids(write(text, train={"lr": 0.4}))
+        return {label: [point["train.lr"] for point in points[label]] for label in ("alone", "pooled")}
+
+    assert rates("[methods.fedit]") == {"alone": [0.4], "pooled": [0.1, 0.4]}
+    tuned = "[methods.fedit]\ngrid.train.lr = [0.2, 0.3]\n[methods.fslora]\ngrid.train.lr = [0.1, 0.2]"
+    assert rates(tuned) == {"alone": [0.1, 0.2, 0.3], "pooled": [0.1, 0.2, 0.3]}
+    assert rates(f"controls.grid.train.lr = [0.5]\n{tuned}") == {"alone": [0.5], "pooled": [0.5]}
+
+
+def test_controls_may_be_trained_on_fewer_draws(write: Write) -> None:
+    made = write("draws = 3\ncontrols.draws = 1\n[methods.fedit]")
+    found = [(c.label, c.draw) for c in cells.cells(made, chosen(made))]
+    assert found == [("fedit", 0), ("alone", 0), ("pooled", 0), ("fedit", 1), ("fedit", 2)]
 
 
 def test_other_settings_have_another_directory_and_the_same_ones_the_same(write: Write) -> None:

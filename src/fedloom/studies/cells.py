@@ -11,13 +11,16 @@ from typing import Any, Literal
 
 from fedloom.errors import ConfigError, FedloomError
 from fedloom.runs import config as configs
-from fedloom.runs.config import RunConfig
+from fedloom.runs.config import RunConfig, TrainSection
 from fedloom.runs.plan import plan
 from fedloom.studies.study import CONTROLS, Arm, Study, flat, merged, nested
 
 TUNING_DRAW = 1_000_000
 """Draws from here on choose a grid's values; no score is taken from them."""
 
+_LR = "train.lr"
+Point = dict[str, Any]
+"""Values of a grid, by dotted key."""
 Role = Literal["method", "control", "tuning"]
 
 
@@ -29,8 +32,7 @@ class Cell:
     role: Role
     draw: int
     seed: int
-    point: dict[str, Any]
-    """Values of the grid, by dotted key."""
+    point: Point
     values: dict[str, Any]
     """The run file's."""
 
@@ -46,9 +48,9 @@ class Cell:
         return configs.parse(self.values, f"{self.label}, draw {self.draw}")
 
 
-def grid_of(arm: Arm, where: str) -> list[dict[str, Any]]:
-    """The points of a method's grid; one without values if it has none. Raises ConfigError for an empty one."""
-    axes = flat(arm.grid)
+def grid_of(grid: Mapping[str, Any], where: str) -> list[Point]:
+    """The points of a grid; one without values if it has none. Raises ConfigError for an empty one."""
+    axes = flat(grid)
     for key, options in axes.items():
         if not isinstance(options, list) or not options:
             raise ConfigError(
@@ -58,46 +60,62 @@ def grid_of(arm: Arm, where: str) -> list[dict[str, Any]]:
     return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
 
 
-def tuning_cells(study: Study) -> list[Cell]:
-    """Runs that choose the values of grids with more than one point."""
-    found = []
-    for label, arm in study.file.methods.items():
-        points = grid_of(arm, f"[methods.{label}]")
-        if len(points) > 1:
-            for t, point in itertools.product(range(study.file.tuning.draws), points):
-                found.append(_cell(study, label, "tuning", TUNING_DRAW + t, 0, point))
+def grids(study: Study, source: str = "") -> dict[str, list[Point]]:
+    """The grid of every method and control. Raises ConfigError for an empty one."""
+    where = f"{source}: " if source else ""
+    found = {label: grid_of(arm.grid, f"{where}[methods.{label}]") for label, arm in study.file.methods.items()}
+    asked = study.file.controls.grid
+    rates = sorted({point[_LR] for points in found.values() for point in points if _LR in point})
+    # One client that takes all the steps of a round goes farther at the same rate than a mean of clients does.
+    lr = study.base.get("train", {}).get("lr", TrainSection().lr)
+    for label, own in (("alone", [lr]), ("pooled", [lr / 4, lr])):
+        grid = asked or {_LR: rates or own}
+        found[label] = grid_of(grid, f"{where}[controls]")
     return found
 
 
-def cells(study: Study, chosen: Mapping[str, dict[str, Any]]) -> list[Cell]:
+def tuning_cells(study: Study) -> list[Cell]:
+    """Runs that choose the values of grids with more than one point."""
+    return [
+        _cell(study, label, "tuning", TUNING_DRAW + t, 0, point)
+        for label, points in grids(study).items()
+        if len(points) > 1
+        for t, point in itertools.product(range(study.file.tuning.draws), points)
+    ]
+
+
+def cells(study: Study, chosen: Mapping[str, Point]) -> list[Cell]:
     """Runs that are scored, draw by draw, so that what can be seen is seen early. `chosen`: label -> grid point."""
     found = []
     for draw, index in itertools.product(range(study.file.draws), range(len(study.file.seeds or [0]))):
         for label in study.file.methods:
             found.append(_cell(study, label, "method", draw, index, chosen[label]))
-        found += [_cell(study, label, "control", draw, index, {}) for label in CONTROLS]
+        if draw < (study.file.controls.draws or study.file.draws):
+            found += [_cell(study, label, "control", draw, index, chosen[label]) for label in CONTROLS]
     return found
 
 
 def check(study: Study, source: str) -> None:
     """Raise ConfigError for a method, field, budget or grid that is wrong, in words that name its table."""
-    for label, arm in study.file.methods.items():
-        where = f"{source}: [methods.{label}]"
-        for point in grid_of(arm, where):
+    for label, points in grids(study, source).items():
+        control = label in CONTROLS
+        where = f"{source}: [controls]" if control else f"{source}: [methods.{label}]"
+        for point in points:
             try:
-                plan(_cell(study, label, "method", 0, 0, point).config())
+                plan(_cell(study, label, "control" if control else "method", 0, 0, point).config())
             except FedloomError as error:
                 raise ConfigError(f"{where}: {str(error).removeprefix('[method] ')}") from error
-    for label in CONTROLS:
-        plan(_cell(study, label, "control", 0, 0, {}).config())
 
 
-def _cell(study: Study, label: str, role: Role, draw: int, seed_index: int, point: dict[str, Any]) -> Cell:
+def _cell(study: Study, label: str, role: Role, draw: int, seed_index: int, point: Point) -> Cell:
     base = study.base
     first = base.get("seed", 0)
     split = base.get("clients", {}).get("split_seed", first) + draw
     seed = first + draw if study.file.seeds is None else study.file.seeds[seed_index]
-    values = _control(base, label) if role == "control" else _method(base, label, study.file.methods[label], point)
+    if label in CONTROLS:
+        values = merged(_control(base, label), nested(point))
+    else:
+        values = _method(base, label, study.file.methods[label], point)
     return Cell(label, role, draw, seed, point, merged(values, {"seed": seed, "clients": {"split_seed": split}}))
 
 

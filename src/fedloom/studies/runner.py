@@ -53,7 +53,7 @@ def compare(study: Study, out: Path, jobs: int = 1, progress: Progress | None = 
 def _compare(study: Study, out: Path, jobs: int, progress: Progress) -> dict[str, str]:
     clock, failed = Clock(jobs), dict[str, str]()
     # As many cells are scored whichever points of the grids are chosen.
-    scored = planned.cells(study, {label: {} for label in study.file.methods})
+    scored = planned.cells(study, {label: points[0] for label, points in planned.grids(study).items()})
     _run(planned.tuning_cells(study), out, clock, [cell.label for cell in scored], failed, progress)
     chosen, tried = choose(study, out)
     every = planned.cells(study, chosen)

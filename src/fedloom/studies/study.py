@@ -71,12 +71,26 @@ class Budget(_Table):
         """How much of it."""
         return float(getattr(self, self.kind))
 
+    @property
+    def of_control(self) -> Budget | None:
+        """The budget of a control, which crosses no network: scored at the end, unless rounds or samples say when."""
+        return self if self.kind in ("rounds", "samples") else None
+
 
 class Tuning(_Table):
     """[tuning]: how a grid's values are chosen: on draws that no score is taken from."""
 
     draws: int = Field(1, ge=1)
     score: str = "loss"
+
+
+class Controls(_Table):
+    """[controls]: the runs beside the methods. They get a learning rate of their own, as the methods do."""
+
+    draws: int | None = Field(None, ge=1)
+    """On how many of the draws they are trained; by default on all."""
+    grid: dict[str, Any] = {}
+    """As a method's; by default all learning rates of the methods' grids, else for pooled data lr / 4 and lr."""
 
 
 class Arm(BaseModel):
@@ -112,6 +126,7 @@ class StudyFile(_Table):
     """A score, for the bytes up and down to reach it; by default what the worst method ends with."""
     budget: Budget | None = None
     tuning: Tuning = Tuning()
+    controls: Controls = Controls()
     set: dict[str, Any] = {}
     """Keys of the run file that are changed for all methods."""
     methods: dict[str, Arm] = Field(min_length=1)

@@ -196,8 +196,7 @@ def summarise(
 
 
 def _line(label: str, role: str, traces: list[Trace], budget: Budget | None) -> Line | None:
-    # A control crosses no network: it is scored at the end, unless rounds or samples say when.
-    limit = budget if role == "method" or (budget and budget.kind in ("rounds", "samples")) else None
+    limit = budget if role == "method" or budget is None else budget.of_control
     found = [(trace, at) for trace in traces if (at := results.at_budget(trace, limit)) is not None]
     if not found:
         return None

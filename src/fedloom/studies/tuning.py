@@ -8,7 +8,7 @@ from typing import Any
 from fedloom.errors import ConfigError
 from fedloom.studies import cells as planned
 from fedloom.studies import results
-from fedloom.studies.study import LOWER_IS_BETTER, Study
+from fedloom.studies.study import CONTROLS, LOWER_IS_BETTER, Study
 
 
 def choose(study: Study, out: Path) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
@@ -23,17 +23,20 @@ def choose(study: Study, out: Path) -> tuple[dict[str, dict[str, Any]], list[dic
         if cell.point not in [point for point, _ in points]:
             points.append((cell.point, []))
         if results.finished(out / cell.key):
-            scored = results.at_budget(results.read(out / cell.key, study.file.tuning.score), study.file.budget)
+            budget = study.file.budget
+            if budget is not None and cell.label in CONTROLS:
+                budget = budget.of_control
+            scored = results.at_budget(results.read(out / cell.key, study.file.tuning.score), budget)
             if scored is not None:
                 next(scores for point, scores in points if point == cell.point).append(scored.score)
-    chosen = {label: planned.grid_of(arm, label)[0] for label, arm in study.file.methods.items()}
+    chosen = {label: points[0] for label, points in planned.grids(study).items()}
     for label, points in found.items():
         whole = [
             (sum(scores) / len(scores), point) for point, scores in points if len(scores) == study.file.tuning.draws
         ]
         if not whole:
             raise ConfigError(
-                f"[methods.{label}]: training failed at every point of its grid, expected one that trains"
+                f"{label}: training failed at every point of its grid, expected one that trains"
             )
         best = (min if lower else max)(score for score, _ in whole)
         chosen[label] = next(point for score, point in whole if score == best)

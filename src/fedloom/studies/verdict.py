@@ -111,8 +111,7 @@ def _controls(s: Summary, best: Line) -> list[str]:
     pooled = known.get("pooled")
     if pooled is not None and (pooled.score.mean - best.score.mean) * (1 if s.higher_is_better else -1) < 0:
         text += (
-            " Pooled data is below it: most often the base run's learning rate is too high for one client that takes "
-            "all steps, so it is no upper bound here."
+            " Pooled data is below it, so it is no upper bound here: try other learning rates for it ([controls] grid)."
         )
     return [text]
 
