@@ -60,7 +60,10 @@ def chosen(made: Study) -> dict[str, dict[str, Any]]:
             r"expected one of bytes, seconds, joules, rounds, samples",
         ),
         ("budget.joules = 2\n[methods.fedit]", r"joules needs a simulated network"),
-        ("controls.grid.train.lr = []\n[methods.fedit]", r"\[controls\]: grid.train.lr is \[\], expected a list of values"),
+        (
+            "controls.grid.train.lr = []\n[methods.fedit]",
+            r"\[controls\]: grid.train.lr is \[\], expected a list of values",
+        ),
         ("[methods.pooled]", r"none of the controls'"),
         ('[methods."../x"]', r"a label is letters, digits"),
     ],

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from fedloom.errors import ConfigError, FedloomError
 from fedloom.runs import config as configs
 from fedloom.runs.config import RunConfig, TrainSection
+from fedloom.runs.contradictions import refuse_contradictions
 from fedloom.runs.plan import plan
 from fedloom.studies.study import CONTROLS, Arm, Study, flat, merged, nested
 
@@ -102,7 +103,8 @@ def check(study: Study, source: str) -> None:
         where = f"{source}: [controls]" if control else f"{source}: [methods.{label}]"
         for point in points:
             try:
-                plan(_cell(study, label, "control" if control else "method", 0, 0, point).config())
+                made = plan(_cell(study, label, "control" if control else "method", 0, 0, point).config())
+                refuse_contradictions(made, here=made.config.engine.name == "inprocess")
             except FedloomError as error:
                 raise ConfigError(f"{where}: {str(error).removeprefix('[method] ')}") from error
 

@@ -35,9 +35,7 @@ def choose(study: Study, out: Path) -> tuple[dict[str, dict[str, Any]], list[dic
             (sum(scores) / len(scores), point) for point, scores in points if len(scores) == study.file.tuning.draws
         ]
         if not whole:
-            raise ConfigError(
-                f"{label}: training failed at every point of its grid, expected one that trains"
-            )
+            raise ConfigError(f"{label}: training failed at every point of its grid, expected one that trains")
         best = (min if lower else max)(score for score, _ in whole)
         chosen[label] = next(point for score, point in whole if score == best)
     tried = [
