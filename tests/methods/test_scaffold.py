@@ -14,7 +14,7 @@ from fedloom.state import only
 
 from .cases import EXAMPLES, Case, Rows, ToyTrainer, cast, engine, first_head, flat, rows, start, update
 
-CASE = Case("", {"name": "scaffold"})
+CASE = Case("", {"name": "scaffold", "variate": "steps"})
 ROLES = ("A", "B", "head")
 
 
@@ -89,11 +89,47 @@ def test_round_two_shifts_every_gradient_by_c_minus_c_k() -> None:
             close(new["c_" + role][s], c + sum(change[role][s] for change in changes) / 4)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_gradient_at_the_servers_model_whatever_the_optimiser(optimizer: str) -> None:
+    """Option I: c_k is the gradient of the client's loss at the state it was sent, also in the second round."""
+    method = build({"name": "scaffold", "batches": 1}, CASE.lora())
+    trainer = ToyTrainer(optimizer=optimizer, lr=0.05, steps=3, record=True, batch=20)
+    at, state = wide(trainer), start(method, dtype=torch.float64)
+    for t in (1, 2):
+        trainer.seen.clear()
+        new, _ = one_round(method, at, state, CASE.clients(), t)
+        works = {client.id: replace(work, penalties=()) for client, work, _ in trainer.seen}
+        for k, work in works.items():
+            leaves = {role: {s: x.clone().requires_grad_() for s, x in state[role].items()} for role in ROLES}
+            flat_leaves = [x for group in leaves.values() for x in group.values()]
+            gradients = iter(torch.autograd.grad(trainer.loss(work, leaves, rows(k)), flat_leaves))
+            for role in ROLES:
+                for s in leaves[role]:
+                    close(at.own(k)["c_" + role][s], next(gradients))
+        for role in ROLES:
+            for s, c in new["c_" + role].items():
+                close(c, sum(at.own(k)["c_" + role][s] for k in EXAMPLES) / 4)  # type: ignore[arg-type]
+        state = new
+
+
+def test_both_options_agree_on_one_step_of_sgd() -> None:
+    """Over all rows the step's gradient is the one at the server's model."""
+    ends = []
+    for variate in ("gradient", "steps"):
+        method = build({"name": "scaffold", "variate": variate, "batches": 1}, CASE.lora())
+        trainer = sgd(steps=1)
+        trainer.batch = 20
+        ends.append(federate(method, wide(trainer), start(method, dtype=torch.float64), CASE.clients(), 3))
+    for role, group in ends[0].items():
+        for site, x in group.items():
+            close(x, ends[1][role][site])
+
+
 @pytest.mark.parametrize("partial", [False, True], ids=["all", "half"])
 @pytest.mark.parametrize("over", ["fedit", "fedex_lora", "ffa_lora"])
 def test_the_servers_variate_is_the_mean_of_the_clients(over: str, partial: bool) -> None:
     """sum_k c_k = N c after every round, with those that never took part at zero."""
-    method = build({"name": "scaffold", "over": {"name": over}}, CASE.lora())
+    method = build({"name": "scaffold", "variate": "steps", "over": {"name": over}}, CASE.lora())
     at, first = wide(sgd()), start(method, dtype=torch.float64)
     clients, rounds = CASE.clients(), 0
 
@@ -160,7 +196,7 @@ def test_a_round_without_a_learning_rate_moves_nothing() -> None:
 
 @pytest.mark.parametrize("over", ["fslora", "flexlora", "ffa_lora"])
 def test_clients_of_different_ranks_are_refused(over: str) -> None:
-    method = build({"name": "scaffold", "over": {"name": over}}, {"rank": 4})
+    method = build({"name": "scaffold", "variate": "steps", "over": {"name": over}}, {"rank": 4})
     method.check(Client("a", 1, 4))
     with pytest.raises(
         ConfigError,

@@ -1,18 +1,22 @@
 """SCAFFOLD: control variates correct the drift of local training.
 
 Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020, arXiv 1910.06378,
-algorithm 1 with option II: every local gradient gets c - c_k, then c_k <- c_k - c + (x - y_k) / (sum of learning rates), and
-the server adds (1/N) sum of the changes of c_k to c. Clients count alike, as in the paper. With another local optimiser
-than SGD the same correction enters its gradient, and (x - y_k) / (sum of learning rates) is no mean gradient (reading).
+algorithm 1: every local gradient gets c - c_k, then c_k becomes the client's gradient, and the server adds (1/N) sum of the
+changes of c_k to c. Option I takes that gradient at the server's model, in one more pass; option II is
+c_k - c + (x - y_k) / (sum of learning rates), the mean of the steps' gradients. Clients count alike, as in the paper.
+
+The paper has SGD. With AdamW the same correction enters its gradient (reading), and option II is no gradient at all: its
+entries are of the size of Adam's steps, so option I is the default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from fedloom import lora
@@ -28,6 +32,11 @@ ROLES = ("A", "B", "head")
 @dataclass(frozen=True, kw_only=True)
 class Scaffold(Over):
     """Control variates for A, B and the head: roles `c_A`, ... of the server, sent to clients; each keeps its own."""
+
+    variate: Literal["gradient", "steps"] = "gradient"
+    """`gradient`: option I, a gradient at the server's model. `steps`: option II, from the local steps; for SGD alone."""
+    batches: Annotated[int, Ge(1)] = 4
+    """How many of its batches a client takes that gradient over."""
 
     name: ClassVar[str] = "scaffold"
     paper: ClassVar[str] = "Karimireddy et al., SCAFFOLD, arXiv 1910.06378"
@@ -83,17 +92,36 @@ class Scaffold(Over):
             shift = {f"c_{r}": {s: c[f"c_{r}"][s] - mine[f"c_{r}"][s] for s in work.train[r]} for r in controlled}
             if not shift:
                 return await work
+            at_server = None if self.variate == "steps" else await self._gradient(work, controlled)
             done: Trained = await replace(work, fixed=work.fixed | shift, penalties=(*work.penalties, _linear))
+            if at_server is None:  # the mean of the corrected gradients is that of the client's, plus c - c_k
+                at_server = _added(_slope(work, done, controlled), shift, -1.0)
             for r in controlled:
-                for s, x in work.train[r].items():
-                    gradient = (x - done.state[r][s]) / done.lr_sum if done.lr_sum else torch.zeros_like(x)
-                    change[f"c_{r}"][s] = gradient - c[f"c_{r}"][s]
+                for s, x in at_server[r].items():
+                    change[f"c_{r}"][s] = x - mine[f"c_{r}"][s]
             return done
 
         inner = self.over.client(self.inner(received), self.inner(own), visit)
         sent, kept = await relay(inner, corrected)
         after = {role: {s: mine[role][s] + x for s, x in group.items()} for role, group in change.items()}
         return sent | change, kept | after
+
+    async def _gradient(self, work: Work, roles: Iterable[str]) -> State:
+        """Mean gradient of the client's loss at the server's model, by single steps of SGD that lead nowhere."""
+        mean = lora.Mean()
+        for _ in range(self.batches):
+            done: Trained = await replace(work, steps=1, optimizer="sgd")
+            mean.add(_slope(work, done, roles), 1.0)
+        return mean.value
+
+
+def _slope(work: Work, done: Trained, roles: Iterable[str]) -> State:
+    """(x - y) / (sum of learning rates); zero where nothing could move."""
+    return {r: {s: (x - done.state[r][s]) / (done.lr_sum or 1.0) for s, x in work.train[r].items()} for r in roles}
+
+
+def _added(state: State, shift: State, factor: float) -> State:
+    return {r: {s: x + factor * shift[f"c_{r}"][s] for s, x in group.items()} for r, group in state.items()}
 
 
 def _linear(train: State, fixed: State) -> Tensor:
