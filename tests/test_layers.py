@@ -27,7 +27,7 @@ FLOORS = [
     ["checkpoint", "communication", "engine", "sampling", "screening", "loop", "simulation", "describe"],
     ["privacy"],
     ["train", "data", "models", "wireless"],
-    ["flower"],
+    ["flower", "ray"],
     ["runs"],
     ["studies", "recipes"],
     ["api"],
@@ -37,7 +37,7 @@ FLOORS = [
 
 MATHEMATICS = [name for floor in FLOORS[:4] for name in floor]
 
-HEAVY = ["transformers", "peft", "datasets", "flwr", "numpy"]
+HEAVY = ["transformers", "peft", "datasets", "flwr", "ray", "numpy"]
 
 
 def module(path: Path) -> str:
@@ -158,7 +158,8 @@ def test_rooms_of_one_floor_that_do_not_know_each_other() -> None:
         "data": ["train", "methods"],
         "models": ["methods"],
         "train": ["methods", "wireless"],
-        "flower": ["wireless"],
+        "flower": ["wireless", "ray"],
+        "ray": ["wireless", "flower", "methods", "models"],
     }
     for here, others in apart.items():
         for path in (SOURCE / here).rglob("*.py"):
@@ -194,7 +195,8 @@ def test_rooms_of_the_planner_go_downwards() -> None:
 @pytest.mark.parametrize(
     "statement, absent",
     [
-        ("import fedloom", ["torch", "flwr", "transformers", "peft", "datasets", "numpy"]),
+        ("import fedloom", ["torch", "flwr", "ray", "transformers", "peft", "datasets", "numpy"]),
+        ("import fedloom.runs.run", ["ray"]),
         ("import fedloom.errors", ["torch", "numpy"]),
         ("import fedloom.core, fedloom.lora, fedloom.loop", ["transformers", "flwr", "datasets", "peft"]),
         (

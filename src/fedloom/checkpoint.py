@@ -111,7 +111,7 @@ class ClientStates:
     def commit(self) -> None:
         """What was staged counts from now on."""
         self._memory |= self._staged
-        self.files |= self._staged_files
+        self.files |= dict(sorted(self._staged_files.items()))  # they may be staged from several threads
         self.hashes = {name: self.hashes[name] for name in self.files.values() if name in self.hashes}
         self.discard()
 

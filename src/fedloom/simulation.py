@@ -1,11 +1,17 @@
-"""The simulator: all clients in this process, many of them in one pass over one frozen base, their visits in lock step."""
+"""The simulator: all clients in this process, many of them in one pass over one frozen base, their visits in lock step.
+
+A cohort is a generator: it says what to train, a `Fit`, and is sent what became of it. Who trains is a choice of its own: the
+trainer of this process, one cohort after the other, or workers elsewhere, a cohort each.
+"""
 
 from __future__ import annotations
 
 import inspect
+import threading
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -21,17 +27,98 @@ from fedloom.state import Sites, State, finite
 
 Rows = TypeVar("Rows")
 """What a trainer trains on: a client's encoded rows."""
-Fitted = TypeVar("Fitted", contravariant=True)
+Taken = TypeVar("Taken", contravariant=True)
+
+T = TypeVar("T")
 
 Flow = Coroutine[Any, Any, tuple[State, State]]
 
 
-class LocalTrainer(Protocol[Fitted]):
+class LocalTrainer(Protocol[Taken]):
     """What the simulator asks of a trainer."""
 
-    def fit(self, works: Sequence[tuple[Client, Work]], data: Sequence[Fitted], t: int, part: int = 0) -> list[Trained]:
+    def fit(self, works: Sequence[tuple[Client, Work]], data: Sequence[Taken], t: int, part: int = 0) -> list[Trained]:
         """Train many clients' works together, in their order. `part` counts the works of a visit, and keys their batches."""
         ...
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Works to train together: the arguments of `LocalTrainer.fit`."""
+
+    works: Sequence[tuple[Client, Work]]
+    data: Sequence[Any]
+    t: int
+    part: int
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What became of a `Fit`."""
+
+    trained: list[Trained]
+    seconds: float
+    halves: tuple[int, ...] = ()
+    """Clients of a half, each time that memory did not hold them all."""
+    worker: int = 0
+    """Who trained."""
+
+
+class Drive(Protocol):
+    """Has trained what cohorts ask for, until each returns its result; results come in the order of the cohorts."""
+
+    def __call__(self, cohorts: Iterable[Generator[Fit, Fitted, T]]) -> Iterator[T]: ...
+
+
+def fit(trainer: LocalTrainer[Any], asked: Fit) -> Fitted:
+    """Train in one pass; where the device has no memory for it, in two halves, and so on."""
+    start = time.perf_counter()
+    trained, halves = _fit(trainer, asked.works, asked.data, asked.t, asked.part)
+    return Fitted(trained, time.perf_counter() - start, halves)
+
+
+def _fit(
+    trainer: LocalTrainer[Any], works: Sequence[tuple[Client, Work]], data: Sequence[Any], t: int, part: int
+) -> tuple[list[Trained], tuple[int, ...]]:
+    try:
+        return trainer.fit(works, data, t, part), ()
+    except (MemoryError, RuntimeError) as error:
+        if len(works) < 2 or not _exhausted(error):
+            raise
+    # Outside the handler, whose error holds on to what was computed.
+    half = (len(works) + 1) // 2
+    first, more = _fit(trainer, works[:half], data[:half], t, part)
+    second, others = _fit(trainer, works[half:], data[half:], t, part)
+    return first + second, (half, *more, *others)
+
+
+def _exhausted(error: BaseException) -> bool:
+    """Whether a device had no memory left. PyTorch raises a plain RuntimeError for a CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def one_by_one(trainer: LocalTrainer[Any]) -> Drive:
+    """Train cohorts on one trainer, one after the other."""
+
+    def drive(cohorts: Iterable[Generator[Fit, Fitted, T]]) -> Iterator[T]:
+        for cohort in cohorts:
+            yield until_done(partial(fit, trainer), cohort)
+            del cohort  # or this frame would keep it while the next one is trained
+
+    return drive
+
+
+def until_done(train: Callable[[Fit], Fitted], cohort: Generator[Fit, Fitted, T]) -> T:
+    """Train what one cohort asks for until it returns."""
+    try:
+        asked = next(cohort)
+        while True:
+            asked = cohort.send(train(asked))
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    finally:
+        cohort.close()
 
 
 class Simulation(Generic[Rows]):
@@ -39,7 +126,8 @@ class Simulation(Generic[Rows]):
 
     `data` gives a client's rows; `fresh` is what a client that never took part keeps (the common head); `proxy` is the server
     as a client with rows of its own; `secret` keys the clients' secret generators, None draws them from the operating system;
-    `score` and `write` evaluate and export the model of a work.
+    `score` and `write` evaluate and export the model of a work. `drive` has cohorts trained and `each` maps over clients' own
+    models: by default one after the other, on `trainer`. What is put into `notes` goes into the record.
     """
 
     def __init__(
@@ -56,13 +144,19 @@ class Simulation(Generic[Rows]):
         score: Callable[[Work], dict[str, float]] = lambda work: {},
         write: Callable[[str, Work], None] = lambda client, work: None,
         progress: Callable[[int], None] = lambda count: None,
+        drive: Drive | None = None,
+        each: Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]] = map,
+        notes: list[str] | None = None,
     ) -> None:
-        self.trainer, self.sites, self.data = trainer, sites, data
+        self.sites, self.data = sites, data
+        self.drive: Drive = drive or one_by_one(trainer)
+        self.each, self.notes = each, [] if notes is None else notes
         self.client_states = client_states or ClientStates()
         self.fresh = fresh or {}
         self.cohort, self.proxy, self.secret = cohort, proxy, secret
         self.score, self.write, self.progress = score, write, progress
-        self._train_s = 0.0
+        self._noting = threading.Lock()
+        self._train_s: dict[int, float] = {}
         self._halved = 0
 
     def own(self, client: str) -> State:
@@ -93,7 +187,10 @@ class Simulation(Generic[Rows]):
         visits.close(())
 
     def scores(self, method: Method, jobs: Iterable[Job], t: int) -> dict[str, dict[str, float]]:
-        return {job[0].id: self.score(self.model(method, job, t)) for job in jobs}
+        def scored(job: Job) -> tuple[str, dict[str, float]]:
+            return job[0].id, self.score(self.model(method, job, t))
+
+        return dict(self.each(scored, jobs))
 
     def export(self, method: Method, jobs: Iterable[Job], t: int) -> None:
         keeping = set(self.client_states.clients())
@@ -102,39 +199,23 @@ class Simulation(Generic[Rows]):
                 self.write(job[0].id, self.model(method, job, t))
 
     def stats(self) -> dict[str, Any]:
-        said: dict[str, Any] = {"train_s": round(self._train_s, 4)}
+        """`train_s` is that of the worker that trained longest."""
+        said: dict[str, Any] = {"train_s": round(max(self._train_s.values(), default=0.0), 4)}
         if self._halved:
             said |= {"out_of_memory": self._halved, "cohort": self.cohort}
-        self._train_s, self._halved = 0.0, 0
+        if self.notes:
+            said["notes"] = self.notes.copy()
+        self._train_s, self._halved = {}, 0
+        self.notes.clear()
         return said
 
-    def fit(self, works: Sequence[tuple[Client, Work]], t: int, part: int) -> list[Trained]:
-        """Train works together, timed."""
-        data = [self.data(client.id) for client, _ in works]
-        start = time.perf_counter()
-        try:
-            return self._fit(works, data, t, part)
-        finally:
-            self._train_s += time.perf_counter() - start
-            self.progress(len(works))
-
-    def _fit(self, works: Sequence[tuple[Client, Work]], data: Sequence[Rows], t: int, part: int) -> list[Trained]:
-        """In one pass; where the device has no memory for it, in two halves, and cohorts are no larger from then on."""
-        try:
-            return self.trainer.fit(works, data, t, part)
-        except (MemoryError, RuntimeError) as error:
-            if len(works) < 2 or not _exhausted(error):
-                raise
-        # Outside the handler, whose error holds on to what was computed.
-        half = (len(works) + 1) // 2
-        self.cohort = min(self.cohort, half)
-        self._halved += 1
-        return self._fit(works[:half], data[:half], t, part) + self._fit(works[half:], data[half:], t, part)
-
-
-def _exhausted(error: BaseException) -> bool:
-    """Whether a device had no memory left. PyTorch raises a plain RuntimeError for a CPU."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    def note(self, fitted: Fitted) -> None:
+        """Take down what a training took. Where memory did not hold a cohort, none is as large from then on."""
+        with self._noting:
+            self._train_s[fitted.worker] = self._train_s.get(fitted.worker, 0.0) + fitted.seconds
+            self._halved += len(fitted.halves)
+            self.cohort = min(self.cohort, *fitted.halves, self.cohort)
+        self.progress(len(fitted.trained))
 
 
 @dataclass
@@ -171,21 +252,33 @@ class LocalVisits(Generic[Rows]):
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Answer | Failure]:
         """Begin or go on with each job's visit until it sends something."""
+        for answers in self.engine.drive(self._cohorts(jobs)):
+            while answers:
+                yield answers.pop(0)
+
+    def _cohorts(self, jobs: Iterable[Job]) -> Iterator[Generator[Fit, Fitted, list[Answer | Failure]]]:
         stream = iter(jobs)
-        while group := list(islice(stream, self.engine.cohort)):
-            live = [self._opened(client, received) for client, received in group]
-            order = [client.id for client, _ in group]
-            del group
-            done: dict[str, Answer | Failure] = {}
-            try:
-                self._lock_step(live, done)
-            except BaseException:
-                for one in live:
-                    one.flow.close()
-                raise
+        while live := [self._opened(client, received) for client, received in islice(stream, self.engine.cohort)]:
+            cohort = self._cohort(live)
             del live
-            for key in order:
-                yield done.pop(key)
+            yield cohort
+            del cohort  # or this frame would keep it while it is trained
+
+    def _cohort(self, live: list[_Open]) -> Generator[Fit, Fitted, list[Answer | Failure]]:
+        done: dict[str, Answer | Failure] = {}
+        order = [one.client.id for one in live]
+        try:
+            yield from self._lock_step(live, done)
+        except BaseException:
+            for one in live:
+                one.flow.close()
+            raise
+        return [done[key] for key in order]
+
+    def _trained(self, works: Sequence[tuple[Client, Work]], part: int) -> Generator[Fit, Fitted, list[Trained]]:
+        fitted = yield Fit(works, [self.engine.data(client.id) for client, _ in works], self.round.t, part)
+        self.engine.note(fitted)
+        return fitted.trained
 
     def serve(self, work: Work) -> Trained:
         if (server := self.engine.proxy) is None:
@@ -193,7 +286,8 @@ class LocalVisits(Generic[Rows]):
                 f"{self.method.name} trains on the server's own data in round {self.round.t}, but there is none: "
                 "name its rows, task.proxy_data"
             )
-        return self.engine.fit([(server, work)], self.round.t, 0)[0]
+        [[done]] = self.engine.drive([self._trained([(server, work)], 0)])
+        return done
 
     def close(self, live: Collection[str]) -> None:
         waiting = ", ".join(key for key in self._waiting if key in live)
@@ -218,13 +312,13 @@ class LocalVisits(Generic[Rows]):
             raise MethodError(f"{self.method.name}.client is no coroutine function: write `async def client`")
         return _Open(client, flow)
 
-    def _lock_step(self, live: list[_Open], done: dict[str, Answer | Failure]) -> None:
+    def _lock_step(self, live: list[_Open], done: dict[str, Answer | Failure]) -> Generator[Fit, Fitted, None]:
         while live:
             asked = [(one, work) for one in live if (work := self._advance(one, done)) is not None]
             live = [one for one, _ in asked]
             for part in sorted({one.parts for one in live}):
                 now = [(one, work) for one, work in asked if one.parts == part]
-                trained = self.engine.fit([(one.client, work) for one, work in now], self.round.t, part)
+                trained = yield from self._trained([(one.client, work) for one, work in now], part)
                 for (one, _), result in zip(now, trained, strict=True):
                     one.value, one.parts = result, part + 1
                     # The first work's are the client's: what follows it trains something of its own.

@@ -24,6 +24,7 @@ from fedloom.flower.remote_visits import RemoteVisits
 from fedloom.flower.transport import Transport
 from fedloom.flower.worker import Worker
 from fedloom.loop import Record, one_round
+from fedloom.simulation import one_by_one
 from fedloom.state import State
 
 from ..methods.cases import CASES, Case, ToyTrainer, engine, flat, start
@@ -129,7 +130,7 @@ class Plan:
 
 def _worker(case: Case, clients: list[Client], folder: Path) -> Worker:
     node = ToyNode(case.method(), clients, folder)
-    node.run.simulation.trainer = ToyTrainer(steps=1)
+    node.run.simulation.drive = one_by_one(ToyTrainer(steps=1))
     return Worker(node)
 
 

@@ -83,7 +83,7 @@ def planned(values: dict[str, Any]) -> Plan | None:
     """The plan of a run file, or None where it is refused as it should be."""
     try:
         made = plan(absolute(config.parse(values, "it")))
-        refuse_contradictions(made, here=True)
+        refuse_contradictions(made, engine="inprocess")
     except ConfigError as error:
         lines = str(error).splitlines()
         assert 0 < len(lines) <= 12 and all(line.isprintable() or "\t" in line or not line.isascii() for line in lines)

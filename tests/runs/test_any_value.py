@@ -61,7 +61,7 @@ def outcome(key: str, value: Any, method: str = "fslora") -> str:
         else:
             given = value
         made = config.parse(given, "run.toml")
-        refuse_contradictions(plan(made), here=True)
+        refuse_contradictions(plan(made), engine="inprocess")
     except ConfigError as error:
         text = str(error)
         assert text and text.count("\n") < MESSAGE_LINES and len(text) < 2000, text[:3000]

@@ -67,7 +67,7 @@ def test_all_of_them_are_named_at_once(settings: Settings, tmp_path: Path) -> No
 
 def test_a_resolved_run_file_names_every_default_and_is_accepted(settings: Settings) -> None:
     config = configs.parse(settings(), "it")
-    refuse_contradictions(plan(configs.parse(configs.toml.loads(config.to_toml(), "it"), "it")), here=True)
+    refuse_contradictions(plan(configs.parse(configs.toml.loads(config.to_toml(), "it"), "it")), engine="inprocess")
 
 
 def test_a_quorum_above_the_clients_of_a_field(settings: Settings, tmp_path: Path) -> None:

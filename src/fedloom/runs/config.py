@@ -31,8 +31,8 @@ class ModelSection(_Section):
     """Packaged name ("minilm", "smollm2"), local directory, or hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base; adapters are float32. `auto`: bfloat16 where the processor or GPU has it."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where it is trained. `auto`: a GPU if there is one."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:(0|[1-9]\d{0,3}))?)$")] = "auto"
+    """Where it is trained: `cpu`, `cuda`, or one GPU of several, such as `cuda:3`. `auto`: a GPU if there is one."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     """Implementation of attention, by transformers' name."""
     checkpointing: bool = False
@@ -198,14 +198,19 @@ class TrainSection(_Section):
 class EngineSection(_Section):
     """[engine]: where clients run."""
 
-    name: Literal["inprocess", "flower"] = "inprocess"
-    """`inprocess`: the simulator; `flower`: processes and machines."""
+    name: Literal["inprocess", "ray", "flower"] = "inprocess"
+    """`inprocess`: the simulator; `ray`: its clients trained by many workers; `flower`: across sites."""
     cohort: Literal["auto"] | int = "auto"
     """Clients trained in one pass. Results with another cohort size agree up to rounding."""
     threads: int | None = Field(None, ge=1, le=4096)
-    """Of torch; by default torch's own choice."""
+    """Of torch; by default torch's own choice, and with ray each worker's share of the cores."""
     kernels: Literal["auto", "off"] = "auto"
     """Fast paths of training where the architecture has them; `off`: the plain one, for any model."""
+
+    workers: int | None = Field(None, ge=1, le=4096)
+    """ray: each holds the base once; by default one for each GPU, or two."""
+    address: str | None = None
+    """ray: host:port of a cluster's head, or `auto` for the one on this machine; without one, Ray is started for the run."""
 
     superlink: str | None = None
     """flower: host:port of a running SuperLink; without one, a deployment is started on this machine for the run."""
@@ -222,7 +227,7 @@ class EngineSection(_Section):
     oversample: float = Field(0.0, ge=0, le=100)
     """flower: ask so many more clients (0.5: half as many again) and take those that answer first."""
     patience_s: float = Field(600.0, gt=0, le=1e8)
-    """flower: how long the start waits for clients to announce themselves."""
+    """flower, ray: how long the start waits for clients to announce themselves, or for workers to load the base."""
 
     @model_validator(mode="after")
     def _positive(self) -> EngineSection:

@@ -17,10 +17,10 @@ from fedloom.text import shown
 from fedloom.toml import itemised
 
 
-def refuse_contradictions(planned: Plan, here: bool) -> None:
-    """Raise one ConfigError that names every option that this run could not follow. `here`: clients are in this process."""
+def refuse_contradictions(planned: Plan, engine: str) -> None:
+    """Raise one ConfigError that names every option that this run could not follow with an engine, by its name."""
     c = planned.config
-    found = [*_task(c), *_clients(c), *_train(c), *_engine(c, here)]
+    found = [*_task(c), *_clients(c), *_train(c), *_engine(c, engine)]
     if c.task.proxy_data is not None and not planned.method.needs_proxy_data:
         found.append(f"task.proxy_data is set, but {planned.method.name} never trains on the server: remove it")
     if c.clients.count is not None:
@@ -91,12 +91,24 @@ def _train(c: RunConfig) -> Iterator[str]:
         yield from _unused("train", c.train, "train.optimizer is 'adamw', not 'sgd'", "momentum")
 
 
-def _engine(c: RunConfig, here: bool) -> Iterator[str]:
+READERS = {
+    **{key: ["flower"] for key in ("superlink", "root_certificates", "nodes", "wire", "deadline_s", "oversample")},
+    **{key: ["ray"] for key in ("workers", "address")},
+    "patience_s": ["flower", "ray"],
+}
+"""Keys of [engine] that some engines alone read."""
+
+
+def _engine(c: RunConfig, name: str) -> Iterator[str]:
     engine = c.engine
-    remote = ("superlink", "root_certificates", "nodes", "wire", "deadline_s", "oversample", "patience_s")
-    if here:
-        instead = "remove it, or set engine.name = 'flower'"
-        yield from _unused("engine", engine, "clients are trained in this process", *remote, instead=instead)
+    where = "in this process" if name == "inprocess" else f"by engine.name = {name!r}"
+    for key, readers in READERS.items():
+        if name not in readers:
+            instead = f"remove it, or set engine.name = {' or '.join(map(repr, readers))}"
+            yield from _unused("engine", engine, f"clients are trained {where}", key, instead=instead)
+    if name == "ray" and c.model.device.startswith("cuda:"):
+        yield f"model.device is {c.model.device!r}, but Ray gives each worker a GPU of its own: set it to 'cuda'"
+    if name != "flower":
         return
     if engine.cohort not in ("auto", 1):
         yield f"engine.cohort is {engine.cohort}, but a node trains one client at a time: remove it"

@@ -12,12 +12,13 @@ from fedloom.data import metrics
 from fedloom.data.chat import last_answer
 from fedloom.data.tokenize import Encoded
 from fedloom.runs.experiment import Experiment
+from fedloom.train.trainer import Scorer
 
 
 def score(e: Experiment, work: Work, rows: Encoded | None = None) -> dict[str, float]:
     """Metric name -> value of the model that `work` describes, on the held-out rows by default; `loss` always among them."""
     rows = e.rows.eval if rows is None else rows
-    result = e.trainer.evaluate(work, rows)
+    result = _scorer(e).evaluate(work, rows)
     values = {"loss": result.loss}
     names = [name for name in e.tables.metrics if name not in ("loss", "perplexity")]
     if "perplexity" in e.tables.metrics:
@@ -36,9 +37,13 @@ def score(e: Experiment, work: Work, rows: Encoded | None = None) -> dict[str, f
     return values
 
 
+def _scorer(e: Experiment) -> Scorer:
+    return e.trainer if e.elsewhere is None else e.elsewhere.scorer
+
+
 def _answers(e: Experiment, work: Work, rows: Encoded) -> tuple[list[str], list[str]]:
     """What the model writes after each prompt, and what it should have written."""
-    made = e.trainer.generate(work, rows, e.config.task.max_new_tokens)
+    made = _scorer(e).generate(work, rows, e.config.task.max_new_tokens)
     decode = e.base.tokenizer.decode
     if e.tables.chats:
         references = [last_answer(turns) for turns in e.tables.eval[e.tables.text[0]]]

@@ -5,7 +5,8 @@ RunConfig ──plan──► Plan ──tables, partition──► clients ─�
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ from fedloom.runs.plan import Plan, plan
 from fedloom.runs.tables import Tables, tables
 from fedloom.state import Sites, State
 from fedloom.train.optim import Settings
-from fedloom.train.trainer import Trainer
+from fedloom.train.trainer import Scorer, Trainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,6 +80,16 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """Workers in other processes, which train and score in this one's place."""
+
+    workers: int
+    free: int | None
+    """Bytes that training may take at each."""
+    scorer: Scorer
+
+
+@dataclass(frozen=True)
 class Experiment:
     """A run's method, data, clients and model. `replace` gives one with other clients."""
 
@@ -103,6 +114,7 @@ class Experiment:
     rows: Rows
     given: Given = field(default_factory=Given)
     """What the caller handed over in Python."""
+    elsewhere: Elsewhere | None = None
 
     @property
     def config(self) -> RunConfig:
@@ -156,7 +168,7 @@ class Experiment:
 
     @cached_property
     def cohort(self) -> int:
-        """How many clients train in one pass: as memory and processor allow, where nobody says."""
+        """How many clients train in one pass: as memory and processor allow, where nobody says, and so that no worker idles."""
         if not self.together:
             return 1
         asked = self.config.engine.cohort
@@ -164,7 +176,10 @@ class Experiment:
             return asked
         size = sum(x.numel() for x in self.base.model.parameters())
         tokens = self.config.train.batch_size * max(1.0, float(self.rows.train.lengths.mean()))
-        return memory.cohort(self.memory, size, tokens, self.device, memory.free(self.device))
+        if (at := self.elsewhere) is None:
+            return memory.cohort(self.memory, size, tokens, self.device, memory.free(self.device))
+        share = math.ceil(max(1, round(self.config.clients.fraction * len(self.clients))) / at.workers)
+        return min(share, memory.cohort(self.memory, size, tokens, self.device, at.free))
 
     @cached_property
     def memory(self) -> memory.Memory:
@@ -205,17 +220,18 @@ def experiment(
     base: huggingface.Base | None = None,
     only_client: str | None = None,
     given: Given | None = None,
+    device: torch.device | None = None,
 ) -> Experiment:
     """Make an experiment: read the data, load the model, put its adapters in place.
 
     `table` and `base` are used instead of being read and loaded, as is what is `given`; `only_client` gives all rows to one
-    client of that id.
+    client of that id. `device` stands for the configuration's, of a process that does not train.
     Raises ConfigError, DataError, ModelError or HubError for what is wrong, and writes nothing.
     """
     planned = plan(config) if isinstance(config, RunConfig) else config
     c = planned.config
-    device = device_of(c)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(c.model.dtype) or auto_dtype(device)
+    device = device or device_of(c)
+    dtype = dtype_of(c, device)
     on_status("reading the data")
     given = given or Given()
     table = table or tables(c, given)
@@ -228,9 +244,7 @@ def experiment(
         )
     if base is None and given.model is not None:
         base = huggingface.adopt(given.model, given.tokenizer, kind=c.task.kind, num_labels=labels)
-    base = base or huggingface.load_base(
-        c.model.name, kind=c.task.kind, num_labels=labels, dtype=dtype, device=device, seed=c.seed
-    )
+    base = base or base_of(c, labels, device, dtype)
     clients = planned.clients(parts)
     if only_client is None:
         private.check_clients(c, clients)
@@ -253,7 +267,7 @@ def experiment(
         transposed=transposed,
         device=device,
         dtype=dtype,
-        trainer=_trainer(c, base, sites, device, dtype),
+        trainer=trainer_of(c, base, sites, device, dtype),
         rows=Rows(c, table, base.tokenizer, _row_length(c, table, base)),
         given=given,
     )
@@ -271,9 +285,26 @@ def device_of(config: RunConfig) -> torch.device:
     name = config.model.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("model.device is 'cuda', but torch sees no GPU: set it to 'auto' or 'cpu'")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"model.device is {name!r}, but torch sees no GPU: set it to 'auto' or 'cpu'")
+    if device.index is not None and device.index >= (count := torch.cuda.device_count()):
+        raise ConfigError(
+            f"model.device is {name!r}, but torch sees {count} GPUs, cuda:0 to cuda:{count - 1}: set it to one of them"
+        )
+    return device
+
+
+def dtype_of(config: RunConfig, device: torch.device) -> torch.dtype:
+    """Of the frozen base on this device."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.model.dtype) or auto_dtype(device)
+
+
+def base_of(config: RunConfig, labels: int, device: torch.device, dtype: torch.dtype) -> huggingface.Base:
+    """The base model that the configuration names, with a head of so many labels."""
+    return huggingface.load_base(
+        config.model.name, kind=config.task.kind, num_labels=labels, dtype=dtype, device=device, seed=config.seed
+    )
 
 
 def _targets(config: RunConfig, base: huggingface.Base) -> list[str]:
@@ -305,8 +336,8 @@ def _row_length(config: RunConfig, table: Tables, base: huggingface.Base) -> int
     return row_length(task.max_length, asked, answer, base.model)
 
 
-def _trainer(
-    config: RunConfig, base: huggingface.Base, sites: Sites, device: torch.device, dtype: torch.dtype
+def trainer_of(
+    config: RunConfig, base: huggingface.Base, sites: Iterable[str], device: torch.device, dtype: torch.dtype
 ) -> Trainer:
     """The trainer, which adapts the base in place."""
     # Settings are named as the keys of [train]; the rest of its keys are the run's.

@@ -92,10 +92,10 @@ def check_method(config: RunConfig, method: Method) -> None:
             f"clients.max_norm is {config.clients.max_norm:g}, and under [privacy] no upload is looked at by itself: "
             "remove it, and clip at the client: privacy.unit = 'client', or [method] name = \"clip_updates\" over yours"
         )
-    if c.canaries and (config.task.kind != "classification" or config.engine.name != "inprocess"):
+    if c.canaries and (config.task.kind != "classification" or config.engine.name == "flower"):
         raise ConfigError(
             "privacy.canaries get a random class, in the simulator: they need task.kind = 'classification' and engine.name = "
-            "'inprocess'; set canaries to 0"
+            "'inprocess' or 'ray'; set canaries to 0"
         )
     if c.unit == "example":
         _check_rows(config, method)
@@ -104,7 +104,7 @@ def check_method(config: RunConfig, method: Method) -> None:
 
 
 def _check_sums(config: RunConfig, method: Method) -> None:
-    if config.engine.name != "inprocess":
+    if config.engine.name == "flower":
         raise ConfigError(
             f"privacy.secure_aggregation is not built for engine.name = {config.engine.name!r} yet: set it to 'inprocess', or "
             "secure_aggregation to false"

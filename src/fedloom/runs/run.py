@@ -5,8 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ from fedloom import checkpoint
 from fedloom.checkpoint import ClientStates
 from fedloom.client import Failure
 from fedloom.data import partition
-from fedloom.engine import Engine, Job, Total
+from fedloom.engine import Job, Total
 from fedloom.errors import RunError
 from fedloom.flower.transport import Transport
 from fedloom.loop import Record, federate, in_order
-from fedloom.runs import budget, evaluate, export, flower_server, private, radio_cost, resumption, track
+from fedloom.runs import budget, engines, evaluate, export, flower_server, private, radio_cost, resumption, track
 from fedloom.runs.config import RunConfig
 from fedloom.runs.contradictions import refuse_contradictions, refuse_too_many
+from fedloom.runs.engines import Reached
 from fedloom.runs.experiment import Experiment, experiment
 from fedloom.runs.given import Given
 from fedloom.runs.plan import absolute, plan
@@ -92,11 +92,9 @@ def start(
 def _prepared(config: RunConfig, observer: Observer, transport: Transport | None, given: Given | None) -> Experiment:
     """The experiment, with all checked that can be before the first round."""
     planned = plan(config)
-    here = transport is None and config.engine.name == "inprocess"
-    refuse_contradictions(planned, here=here)
-    if not here and transport is None:
-        flower_server.check_startable(config)
-    e = experiment(planned, observer.doing, given=given)
+    refuse_contradictions(planned, engines.name_of(config, transport))
+    engines.check_startable(config, transport)
+    e = experiment(planned, observer.doing, given=given, device=engines.device(config))
     refuse_too_many(config, len(e.clients))
     e.rows.encode()
     if config.network is not None and transport is None and config.engine.superlink is None:
@@ -133,7 +131,9 @@ def resume(
             for record in records:
                 observer.round(record)
             return Result(run.path, records)
-        e = experiment(run.config(), observer.doing, given=given)
+        config = run.config()
+        engines.check_startable(config, transport)
+        e = experiment(config, observer.doing, given=given, device=engines.device(config))
         e.rows.encode()
         accepted = list(started.get("accepted_changes", []))
         if changed := resumption.changes(run, started, e):
@@ -172,11 +172,9 @@ def _go(
     threads = e.config.engine.threads
     if threads is not None:
         torch.set_num_threads(threads)
-    here = transport is None and e.config.engine.name == "inprocess"
-    reached = nullcontext(transport) if here or transport is not None else None
-    link = reached or flower_server.connected(run, e, observer.doing, observer.warning)
-    with link as transport, track.tracked(run.path, e.config) as trackers:
-        return _Run(run, e, observer, client_states, transport, accepted, trackers).go(t, state, done)
+    link = engines.connected(run, e, transport, observer.doing, observer.warning)
+    with link as reached, track.tracked(run.path, e.config) as trackers:
+        return _Run(run, reached, observer, client_states, accepted, trackers).go(t, state, done)
 
 
 class _Run:
@@ -185,34 +183,19 @@ class _Run:
     def __init__(
         self,
         run: RunDirectory,
-        e: Experiment,
+        reached: Reached,
         observer: Observer,
         client_states: ClientStates,
-        transport: Transport | None,
         accepted: list[dict[str, Any]],
         trackers: list[Any],
     ) -> None:
         self.run, self.observer, self._accepted, self.trackers = run, observer, accepted, trackers
-        self.budget, e = budget.opened(run.path, e)
-        here = private.engine(e.config)(
-            e.trainer,
-            e.sites,
-            e.rows_of,
-            client_states=client_states,
-            fresh=e.head,
-            cohort=self._cohort(e) if transport is None else 1,
-            proxy=e.server,
-            secret=e.config.seed,
-            score=lambda work: evaluate.score(e, work),
-            write=lambda client, work: export.write(e, work, run.path / "clients" / client / "adapter"),
-            progress=self._progress,
+        self.budget, e = budget.opened(run.path, reached.e)
+        self.engine, self.e = engines.engine(
+            run, replace(reached, e=e), client_states, self._cohort(e), self._progress, observer.doing
         )
-        self.engine: Engine = here
-        if transport is not None:
-            self.engine, e = flower_server.coordinator(transport, run, e, here, observer.doing)
-        self.e = e
         self.rounds = e.config.train.rounds
-        self.radio = radio_cost.plan(e.config, [c.id for c in e.clients]) if e.config.network is not None else None
+        self.radio = radio_cost.plan(e.config, [c.id for c in self.e.clients]) if e.config.network is not None else None
         self._trained = 0
 
     def _cohort(self, e: Experiment) -> int:

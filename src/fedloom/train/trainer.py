@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,18 @@ class Evaluation:
     """(n, classes); None for a causal LM."""
     predictions: Tensor | None = None
     """(n,) class index or value; None for a causal LM."""
+
+
+class Scorer(Protocol):
+    """What scores are made with: a trainer, here or elsewhere."""
+
+    def evaluate(self, work: Work, data: Encoded) -> Evaluation:
+        """Loss and predictions, row by row."""
+        ...
+
+    def generate(self, work: Work, data: Encoded, max_new_tokens: int) -> list[list[int]]:
+        """The greedy answer to each row's prompt."""
+        ...
 
 
 class Trainer:

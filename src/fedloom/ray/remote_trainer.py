@@ -1,0 +1,26 @@
+"""A trainer whose work is done by the workers of a pool: it evaluates and generates; training goes through `Pool.drive`."""
+
+from __future__ import annotations
+
+from fedloom.core import Work
+from fedloom.data.batches import Encoded
+from fedloom.ray.pool import Pool
+from fedloom.train.trainer import Evaluation
+
+
+class RemoteTrainer:
+    """What scores ask of a `Trainer`."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    def evaluate(self, work: Work, data: Encoded) -> Evaluation:
+        """Loss and predictions, row by row."""
+        found = self._pool.call("evaluate", work, data)[1]
+        assert isinstance(found, Evaluation)
+        return found
+
+    def generate(self, work: Work, data: Encoded, max_new_tokens: int = 64) -> list[list[int]]:
+        """The greedy answer to each row's prompt."""
+        made: list[list[int]] = self._pool.call("generate", work, data, max_new_tokens)[1]
+        return made
