@@ -95,7 +95,7 @@ def test_secure_sums_over_workers(settings: Settings, tmp_path: Path, ray_here: 
     "sections, why",
     [
         ({"engine": {"name": "ray", "workers": 3, "threads": 1}}, r"do not fit into the 2 cores"),
-        ({"engine": {"name": "ray"}, "model": {"device": "cuda"}}, "want a GPU each, and Ray has 0"),
+        ({"engine": {"name": "ray"}, "model": {"device": "cuda"}}, "but Ray has no GPU"),
         ({"engine": {"name": "ray"}, "model": {"device": "cuda:1"}}, "Ray gives each worker a GPU of its own"),
         ({"engine": {"name": "ray", "nodes": 2}}, "engine.nodes is 2, but clients are trained by engine.name = 'ray'"),
         ({"engine": {"workers": 2}}, "engine.workers is 2, but clients are trained in this process"),

@@ -155,3 +155,5 @@ def test_what_is_left_aside(settings: Settings, rows: list[dict[str, Any]], enco
         fedloom.run(config(settings), tmp_path / "run", model=two, data=rows)
     with pytest.raises(ConfigError, match="cannot reach other processes"):
         fedloom.run(config(settings) | {"engine": {"name": "flower"}}, tmp_path / "run", data=rows)
+    with pytest.raises(ConfigError, match="cannot reach the workers"):
+        fedloom.run(config(settings) | {"engine": {"name": "ray"}}, tmp_path / "run", model=two, tokenizer=3, data=rows)

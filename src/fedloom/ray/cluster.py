@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -55,18 +56,23 @@ def check(address: str | None) -> None:
         ) from None
 
 
+def _ray(address: str | None) -> Any:
+    """Ray itself, which reads its environment when it is imported."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # by default it tells its makers of every start
+    if address is None and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    return ray
+
+
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
     """Ray while the block lasts: the cluster at `address`, one that this process has joined already, or a new one.
 
     Whoever reaches Ray's ports runs code as the user who started it: a new one lets in who has a token that nobody else knows.
     """
-    # Ray tells its makers of every start by default.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address is None and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    import ray
-
+    ray = _ray(address)
     if ray.is_initialized():
         yield
         return
@@ -87,8 +93,7 @@ def connected(address: str | None) -> Iterator[None]:
 
 def resources(address: str | None) -> list[Resources]:
     """Cores and GPUs of each machine of the cluster; of this machine, if Ray is yet to be started on it."""
-    import ray
-
+    ray = _ray(address)
     if address is None and not ray.is_initialized():
         return [Resources(os.cpu_count() or 1, torch.cuda.device_count())]
     with connected(address):
@@ -105,11 +110,12 @@ def crew(there: Sequence[Resources], workers: int | None, threads: int | None, d
     gpus, cores = sum(x.gpus for x in there), sum(x.cpus for x in there)
     on_gpus = device == "cuda" or (device == "auto" and gpus > 0)
     wanted = workers or (gpus if on_gpus else min(2, cores))
-    if on_gpus and not 0 < wanted <= gpus:
+    if on_gpus and not gpus:
         raise ConfigError(
-            f"{wanted or 'some'} workers want a GPU each, and Ray has {gpus}: "
-            + ("lower engine.workers" if gpus else "set model.device = 'cpu', or engine.address to a cluster with GPUs")
+            "model.device is 'cuda', but Ray has no GPU: set it to 'cpu', or engine.address to a cluster with GPUs"
         )
+    if on_gpus and wanted > gpus:
+        raise ConfigError(f"{wanted} workers want a GPU each, and Ray has {gpus}: lower engine.workers")
     least = min(x.cpus for x in there if x.gpus or not on_gpus)
     cpus = threads or max(1, least // math.ceil(wanted / len(there)))
     if wanted > sum(x.cpus // cpus for x in there):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -31,12 +32,19 @@ class ModelSection(_Section):
     """Packaged name ("minilm", "smollm2"), local directory, or hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base; adapters are float32. `auto`: bfloat16 where the processor or GPU has it."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:(0|[1-9]\d{0,3}))?)$")] = "auto"
+    device: str = "auto"
     """Where it is trained: `cpu`, `cuda`, or one GPU of several, such as `cuda:3`. `auto`: a GPU if there is one."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     """Implementation of attention, by transformers' name."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+
+    @field_validator("device")
+    @classmethod
+    def _known(cls, device: str) -> str:
+        if re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d{0,3}))?", device) is None:
+            raise ValueError(f"{shown(device)} is no device, expected auto, cpu, cuda, or one of several GPUs: cuda:3")
+        return device
 
 
 class TaskSection(_Section):

@@ -54,9 +54,14 @@ def gather(
     """
     values = {key: dict(x) if isinstance(x, Mapping) else x for key, x in values.items()}
     own = [x for x in (model, data, eval_data, metrics, sampler) if x is not None]
-    if own and values.get("engine", {}).get("name", "inprocess") != "inprocess":
+    engine = values.get("engine", {}).get("name", "inprocess")
+    if own and engine == "flower":
         raise ConfigError(
             "model, data, metrics and samplers of Python cannot reach other processes: set engine.name = 'inprocess'"
+        )
+    if model is not None and engine == "ray":
+        raise ConfigError(
+            "a model of Python cannot reach the workers of engine.name = 'ray', which load one each: name it (model.name)"
         )
     if model is not None:
         values["model"] = {"name": GIVEN} | values.get("model", {})
