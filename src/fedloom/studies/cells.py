@@ -104,7 +104,7 @@ def check(study: Study, source: str) -> None:
         for point in points:
             try:
                 made = plan(_cell(study, label, "control" if control else "method", 0, 0, point).config())
-                refuse_contradictions(made, here=made.config.engine.name == "inprocess")
+                refuse_contradictions(made, made.config.engine.name)
             except FedloomError as error:
                 raise ConfigError(f"{where}: {str(error).removeprefix('[method] ')}") from error
 
