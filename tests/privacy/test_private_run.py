@@ -13,6 +13,7 @@ import pytest
 import fedloom
 from fedloom.errors import ConfigError, RunError
 from fedloom.privacy.accountant import Release, epsilon
+from fedloom.runs import audit
 from fedloom.runs.budget import Budget, opened
 from fedloom.runs.experiment import experiment
 from fedloom.runs.plan import plan
@@ -124,7 +125,9 @@ def test_a_run_with_private_rows(settings: Settings, tmp_path: Path) -> None:
     run = fedloom.run(config, tmp_path / "run")
     clients = {line["whose"]: line["release"] for line in ledger(run.path)}
     e = experiment(run_config(config))
-    assert clients == {c.id: {"noise_multiplier": 2.0, "count": 3, "sampling": 4 / c.examples} for c in e.clients}
+    assert clients == {
+        c.id: {"noise_multiplier": 2.0, "count": 3, "sampling": 4 / c.examples, "grid": 0.0} for c in e.clients
+    }
     worst = max(epsilon([Release(2.0, 6, 4 / c.examples)], 1e-3) for c in e.clients)
     assert run.rounds[-1]["privacy"]["epsilon"] == pytest.approx(worst)
     assert all(r["train_loss"] is None for r in run.rounds)
@@ -148,6 +151,9 @@ def test_clipping_alone_is_no_privacy(settings: Settings, tmp_path: Path) -> Non
         ({"noise_multiplier": 1.0}, "is set without a unit"),
         (CLIENTS | {"delta": 0.0}, "delta"),
         (CLIENTS | {"clip": -1.0}, "clip"),
+        (ROWS | {"clip": "adaptive"}, "clip is 'adaptive', which protects clients, and unit is 'example'"),
+        (ROWS | {"noise": "clients"}, "noise is 'clients', which protects clients, and unit is 'example'"),
+        (CLIENTS | {"noise": "clients"}, "a share of the noise protects nothing that is seen by itself"),
     ],
 )
 def test_sections_that_say_nothing(change: dict[str, Any], why: str, settings: Settings) -> None:
@@ -165,6 +171,10 @@ def test_sections_that_say_nothing(change: dict[str, Any], why: str, settings: S
         ({"clients": {"max_norm": 3.0}, "privacy": CLIENTS}, r"clients.max_norm is 3, and under \[privacy\] no upload"),
         ({"lora": {"dropout": 0.1}, "privacy": ROWS}, "has no dropout, got lora.dropout = 0.1"),
         ({"engine": {"name": "flower"}, "privacy": ROWS}, "not built for engine.name = 'flower' yet"),
+        (
+            {"engine": {"name": "flower"}, "privacy": CLIENTS | {"noise": "clients", "secure_aggregation": True}},
+            "privacy.noise = 'clients' is not built for engine.name = 'flower' yet",
+        ),
     ],
 )
 def test_what_cannot_be_kept_is_refused(sections: dict[str, Any], why: str, settings: Settings) -> None:
@@ -187,3 +197,39 @@ def test_a_delta_above_one_over_n_is_refused(privacy: dict[str, Any], why: str, 
 def test_without_privacy_there_is_no_budget(settings: Settings, tmp_path: Path) -> None:
     e = experiment(run_config(settings(method={"name": "fedit"}, privacy={"secure_aggregation": True})))
     assert opened(tmp_path, e) == (None, e) and not list(tmp_path.iterdir())
+
+
+SHARES = CLIENTS | {"noise": "clients", "secure_aggregation": True}
+
+
+def test_noise_from_the_clients_is_paid_and_repeated(settings: Settings, tmp_path: Path) -> None:
+    """All three clients of a sum are needed, and none may collude: the noise is that of a trusted server."""
+    config = settings(method={"name": "fedit"}, train={"rounds": 3}, privacy=SHARES)
+    with pytest.raises(KeyboardInterrupt):
+        fedloom.run(config, tmp_path / "run", Crash())
+    run = fedloom.resume(tmp_path / "run")
+    assert [line["release"] for line in ledger(run.path)] == [
+        {"noise_multiplier": 4.0, "count": 1, "sampling": 1.0, "grid": 1024.0}
+    ] * 3
+    paid = [r["privacy"]["epsilon"] for r in run.rounds]
+    assert paid[-1] == pytest.approx(epsilon([Release(4.0, 3, grid=1024.0)], 1e-3))
+    assert paid[-1] > epsilon([Release(4.0, 3)], 1e-3)
+    assert run.rounds[-1]["report"]["noise_std"] == pytest.approx(4.0 * 0.5 / 3, rel=0.01)
+    assert audit.claim(run.path, run_config(config).privacy)["against"].endswith("the server too")
+    found = audit.mechanism(experiment(run_config(config)), 1e-3)
+    assert 0 <= found["epsilon_at_least"] <= found["claimed_a_round"]
+
+
+def test_a_clipping_bound_from_the_servers_rows(settings: Settings, tmp_path: Path, questions: Path) -> None:
+    config = settings(method={"name": "fedit"}, train={"rounds": 2}, task={"proxy_data": str(questions)})
+    run = fedloom.run(config | {"privacy": CLIENTS | {"clip": "auto"}}, tmp_path / "run")
+    first, second = (r["report"] for r in run.rounds[1:])
+    assert first["clip"] == second["clip"] > 0
+    assert first["noise_std"] == pytest.approx(4.0 * first["clip"] * 1.001 / 3)
+    with pytest.raises(ConfigError, match=r"privacy.clip is 'auto'.*name them, task.proxy_data"):
+        plan(run_config(settings(method={"name": "fedit"}, privacy=CLIENTS | {"clip": "auto"})))
+
+
+def test_few_clients_are_not_counted_under_noise(settings: Settings) -> None:
+    with pytest.raises(ConfigError, match="needs at least 41 clients in a round, got 3"):
+        experiment(run_config(settings(method={"name": "fedit"}, privacy=CLIENTS | {"clip": "adaptive"})))

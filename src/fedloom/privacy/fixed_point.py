@@ -24,12 +24,17 @@ class FixedPoint:
     count: int
     limit: float
     bits: Literal[32, 64] = 64
+    noise: float = 0.0
+    """Standard deviation of what clients add to their sum as noise: nine of them do not wrap around either."""
+    finest: int | None = None
+    """Bits after the point, at most."""
 
     @property
     def fraction(self) -> int:
         """Bits after the point."""
         most = 2.0 ** (self.bits - 1) * (1 - 2.0**-20) - self.count  # rounding adds half a step a number
-        return math.floor(math.log2(most / (self.count * self.limit)))
+        found = math.floor(math.log2(most / (self.count * self.limit + 9 * self.noise)))
+        return found if self.finest is None else min(found, self.finest)
 
     @property
     def dtype(self) -> torch.dtype:

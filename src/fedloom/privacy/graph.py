@@ -47,6 +47,17 @@ def degree(n: int, corrupt: float = CORRUPT, lost: float = LOST) -> tuple[int, i
     raise ConfigError(f"no group of at most 255 of {n} clients withstands {corrupt:.0%} colluding and {lost:.0%} lost")
 
 
+def survivors_and_colluding(n: int) -> tuple[int, int]:
+    """(clients that are in every sum of n that opens, clients of it that may collude with the server).
+
+    >>> [survivors_and_colluding(n) for n in (3, 4, 10, 200)]
+    [(2, 0), (3, 1), (7, 3), (160, 20)]
+    """
+    if n <= COMPLETE:
+        return threshold(n), (n - 1) // 3
+    return n - round(LOST * n), round(CORRUPT * n)
+
+
 def neighbours(ids: Collection[str], attempt: bytes) -> tuple[dict[str, list[str]], int]:
     """(client -> its neighbours in the order of ids, threshold)."""
     n, order = len(ids), sorted(ids)

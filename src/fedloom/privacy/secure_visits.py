@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 from fedloom.core import Client, Exchange, Failure, Method, Round, State
 from fedloom.engine import Answer, Job, Total
+from fedloom.privacy.client_level import ClientLevel
 from fedloom.privacy.contribution import contribution
 from fedloom.privacy.exchange import Aggregator, Party, Shares, shares_size
-from fedloom.privacy.keys import RunKey
+from fedloom.privacy.keys import RunKey, derive
 from fedloom.privacy.memory import Memory
 from fedloom.privacy.sum_plan import Rule, SumPlan, planned
 from fedloom.simulation import LocalVisits, Simulation
@@ -101,6 +102,8 @@ class _OneSum:
             )
         except ValueError as error:
             return Failure(client, str(error))
+        if plan.noise is not None:
+            words = words + plan.noise.draw(words, self._noise_key(client), plan.terms.t, plan.terms.part)
         party = Party(client.id, sums.keys[client.id], plan.terms, sums.memory)
         masked = party.mask(words)
         self.server.take(client.id, masked)
@@ -117,4 +120,13 @@ class _OneSum:
             answers[i] = self.parties[i].unmask(present, self.server.boxes_for(i))
             self.sizes[i]["masks"] += shares_size(answers[i])
         state = self.plan.state(self.server.open(answers))
+        if self.plan.noise is not None:
+            std = self.plan.noise.std(len(present)) * 2.0**-self.plan.terms.fixed.fraction * self.plan.largest
+            self.visits.round.report["noise_std"] = std / len(present)
         return Total(tuple(self.clients[i] for i in present), state, self.sizes)
+
+    def _noise_key(self, client: Client) -> bytes:
+        """Each client's own, all of one secret here."""
+        method = self.visits.method
+        key = method.key if isinstance(method, ClientLevel) else None
+        return derive(key or os.urandom(32), "client", client.id)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fedloom.core import Client, Each, Exchange, Method, State
 from fedloom.errors import MethodError, RoundError
+from fedloom.privacy.client_level import ClientLevel
+from fedloom.privacy.client_noise import NoiseShares, noisy_terms
 from fedloom.privacy.cover import covered
 from fedloom.privacy.exchange import Terms
 from fedloom.privacy.fixed_point import FixedPoint, Layout
@@ -51,6 +53,8 @@ class SumPlan:
     layout: Layout
     largest: float
     """The largest weight."""
+    noise: NoiseShares | None = None
+    """What each client adds to its words, if clients add noise."""
 
     def sizes(self) -> dict[str, int]:
         """Role -> bytes of its words."""
@@ -81,9 +85,15 @@ def planned(
     weights = {client.id: x.weight(client) for client in clients}
     largest = max(weights.values())
     shares = {key: weight / largest for key, weight in weights.items()}
-    layout, thin = _thin(method, x, clients, sites, rule, t)
+    layout, cover = _cover(method, x, clients, sites, t)
+    thin = _thin(method, x, clients, rule, t, cover)
     about = about_sum(shares, thin, layout.digest)
-    return SumPlan(rule.terms(run, t, part, keys, os.urandom(16), about), shares, thin, layout, largest)
+    terms = rule.terms(run, t, part, keys, os.urandom(16), about)
+    noise = None
+    if isinstance(method, ClientLevel) and method.noise == "clients" and method.noise_multiplier > 0:
+        reach = method.reach(x.send(clients[0]))
+        terms, noise = noisy_terms(terms, method.noise_multiplier, reach, (cover > 0) & ~thin)
+    return SumPlan(terms, shares, thin, layout, largest, noise)
 
 
 def about_sum(shares: Mapping[str, float], thin: Tensor, layout: bytes) -> bytes:
@@ -92,14 +102,8 @@ def about_sum(shares: Mapping[str, float], thin: Tensor, layout: bytes) -> bytes
     return hashlib.sha256(joined(*told, thin.numpy().tobytes(), layout)).digest()
 
 
-def _thin(
-    method: Method, x: Exchange[Any], clients: Sequence[Client], sites: Sites, rule: Rule, t: int
-) -> tuple[Layout, Tensor]:
-    """The sum's layout, and which coordinates some clients train, but fewer than a sum needs.
-
-    Raises RoundError if they cannot be left out.
-    """
-    least = min(rule.cover, len(clients))
+def _cover(method: Method, x: Exchange[Any], clients: Sequence[Client], sites: Sites, t: int) -> tuple[Layout, Tensor]:
+    """The sum's layout, and how many clients train each coordinate."""
     layout: Layout | None = None
     cover: Tensor | None = None
     for client in clients:
@@ -108,6 +112,12 @@ def _thin(
         there = layout.vector(wide)
         cover = there if cover is None else cover + there
     assert cover is not None and layout is not None
+    return layout, cover
+
+
+def _thin(method: Method, x: Exchange[Any], clients: Sequence[Client], rule: Rule, t: int, cover: Tensor) -> Tensor:
+    """Which coordinates some clients train, but fewer than a sum needs. Raises RoundError if they cannot be left out."""
+    least = min(rule.cover, len(clients))
     thin = (cover > 0) & (cover < least)
     if thin.any() and (why := _not_skipped(x, clients)):
         raise RoundError(
@@ -115,7 +125,7 @@ def _thin(
             f"(privacy.min_cover), whom a sum would tell apart, and {method.name} cannot leave them out "
             f"({why}): give clients larger budgets"
         )
-    return layout, thin
+    return thin
 
 
 def _not_skipped(x: Exchange[Any], clients: Sequence[Client]) -> str | None:

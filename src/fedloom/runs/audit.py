@@ -6,6 +6,7 @@ fails says that this attack fails.
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,12 @@ from fedloom.disk import write_json
 from fedloom.errors import RunError
 from fedloom.privacy.attack import Scores, attack, canary_guesses, epsilon_bound
 from fedloom.privacy.client_level import ClientLevel
+from fedloom.privacy.client_noise import noisy_terms
+from fedloom.privacy.graph import survivors_and_colluding
 from fedloom.privacy.ledger import Ledger
+from fedloom.privacy.secure_visits import SecureSums
 from fedloom.runs import canaries, export, inversion
+from fedloom.runs import private as private_runs
 from fedloom.runs.config import PrivacySection
 from fedloom.runs.experiment import Experiment, experiment
 from fedloom.runs.run_directory import RunDirectory
@@ -69,9 +74,11 @@ def claim(path: Path, section: PrivacySection | None) -> dict[str, Any]:
     if section is None or section.unit is None:
         return {"epsilon": None, "promise": "none: without differential privacy the model may tell anything of a row"}
     found = Ledger(path / "privacy.jsonl").epsilon(section.delta)
-    whom = (
-        "whoever sees the models; the server is trusted" if section.unit == "client" else "everybody outside the site"
-    )
+    whom = "everybody outside the site"
+    if section.unit == "client":
+        whom = "whoever sees the models" + (
+            "; the server is trusted" if section.noise == "server" else ", the server too"
+        )
     finite = found if np.isfinite(found) else None
     return {"epsilon": finite, "delta": section.delta, "unit": section.unit, "against": whom}
 
@@ -130,7 +137,7 @@ def mechanism(e: Experiment, delta: float, method: ClientLevel | None = None) ->
     private = method or e.method
     assert isinstance(private, ClientLevel)
     # Over a method whose shared space is what clients send; clipping and noise are the run's own code.
-    private = replace(private, over=methods.build({"name": "fedit"}, {"rank": private.rank}))
+    private = replace(private, over=methods.build({"name": "fedit"}, {"rank": private.rank}), clipping="fixed")
     rng = np.random.default_rng()
     coins = rng.random(DIRECTIONS) < 0.5
     directions = torch.from_numpy(rng.normal(size=(DIRECTIONS, NUMBERS)).astype(np.float32))
@@ -139,19 +146,38 @@ def mechanism(e: Experiment, delta: float, method: ClientLevel | None = None) ->
     total = torch.zeros(NUMBERS)
     for one in directions[torch.from_numpy(coins)]:
         long = {"A": {"canary": one * (10 * private.clip)}}
-        total += private._clipped(zero, long, visit)["A"]["canary"]
-    everybody = (visit.client,) * DIRECTIONS
-    answer = Averaged({"A": {"canary": total / DIRECTIONS}}, everybody, float(DIRECTIONS))
-    told = private._noised(answer, Mean(lambda client: zero), Round(1, everybody, DIRECTIONS, {}))
-    scores = (directions @ told.state["A"]["canary"]).numpy()
+        total += private._clipped(zero, long, visit, private.clip)[0]["A"]["canary"]
+    if private.noise == "clients":
+        told = _with_shares(e, private, total)
+    else:
+        everybody = (visit.client,) * DIRECTIONS
+        answer = Averaged({"A": {"canary": total / DIRECTIONS}}, everybody, float(DIRECTIONS))
+        noised = private._noised(answer, Mean(lambda client: zero), Round(1, everybody, DIRECTIONS, {}))
+        told = noised.state["A"]["canary"]
+    scores = (directions @ told.to(directions.dtype)).numpy()
     guesses, right = canary_guesses(scores, coins)
-    claimed = epsilon([Release(private.noise_multiplier)], delta)
+    claimed = epsilon([Release(private.noise_multiplier, grid=private_runs.grid(e.config))], delta)
     return {
         "claimed_a_round": claimed,
         "guesses": guesses,
         "right": right,
         "epsilon_at_least": epsilon_bound(DIRECTIONS, guesses, right, delta),
     }
+
+
+def _with_shares(e: Experiment, private: ClientLevel, total: torch.Tensor) -> torch.Tensor:
+    """A sum with the shares of as few of the run's clients as a sum is opened for, less those who may collude."""
+    section = e.config.privacy
+    assert section is not None
+    sums = SecureSums(least=section.min_clients, limit=section.limit, bits=section.bits)
+    asked = e.clients[: max(1, round(e.config.clients.fraction * len(e.clients)))]
+    plain = sums.terms("audit", 1, 0, sums.public(asked), bytes(16), b"")
+    everywhere = torch.ones(NUMBERS, dtype=torch.bool)
+    terms, shares = noisy_terms(plain, private.noise_multiplier, private.clip, everywhere)
+    words = terms.fixed.encode(total)
+    for _ in range(terms.least - survivors_and_colluding(len(asked))[1]):
+        words = words + shares.draw(words, os.urandom(32))
+    return terms.fixed.decode(words)
 
 
 def upload(run: RunDirectory, e: Experiment) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def opened(path: Path, e: Experiment) -> tuple[Budget | None, Experiment]:
     def spend(client: str, t: int, part: int, release: Release, of: str) -> None:
         budget.pay(Entry(t, client, release, f"{part}:{of}"))
 
-    e.trainer.settings = replace(e.trainer.settings, private=Private(section.clip, z, key, spend))
+    e.trainer.settings = replace(e.trainer.settings, private=Private(section.first_clip, z, key, spend))
     return budget, e
 
 
@@ -112,5 +112,5 @@ def per_round(e: Experiment, clients: list[Client], z: float) -> dict[str, Relea
     section = e.config.privacy
     assert section is not None
     if section.unit == "client":
-        return {"": Release(z)}
+        return {"": Release(z, grid=private.grid(e.config))}
     return {client.id: Release(z, *private.steps_and_rate(e.config, client)) for client in clients}

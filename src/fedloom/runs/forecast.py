@@ -119,7 +119,7 @@ def _warnings(e: Experiment, c: PrivacySection, rounds: int, z: float, ratio: fl
             + "or a larger epsilon"
             + (" (with few clients, unit = 'example' costs less)" if c.unit == "client" and n < 100 else "")
         )
-    sigma = z * c.clip / n if c.unit == "client" else 0.0
+    sigma = z * c.clip / n if c.unit == "client" and not isinstance(c.clip, str) else 0.0
     width = max(m for _, m in e.sites.values())
     if both and sigma * math.sqrt(3 * width) > 1:
         found.append(

@@ -33,7 +33,20 @@ def around(config: RunConfig, method: Method) -> Method:
         return method
     from fedloom.privacy.client_level import ClientLevel
 
-    return ClientLevel(over=method, clip=c.clip, noise_multiplier=noise_multiplier(config, ()))
+    if c.clipping == "auto" and config.task.proxy_data is None:
+        raise ConfigError(
+            "privacy.clip is 'auto', the norm of what the server changes on rows of its own: name them, task.proxy_data "
+            "(public ones, about as many as a client has), or set clip to a number"
+        )
+    z = noise_multiplier(config, ())
+    return ClientLevel(over=method, clip=c.first_clip, noise_multiplier=z, clipping=c.clipping, noise=c.noise)
+
+
+def grid(config: RunConfig) -> float:
+    """Steps of the integer grid that a release of noise from the clients has at least; 0 for noise from elsewhere."""
+    from fedloom.privacy.client_noise import GRID
+
+    return GRID if config.privacy is not None and config.privacy.noise == "clients" else 0.0
 
 
 def noise_multiplier(config: RunConfig, clients: Sequence[Client]) -> float:
@@ -47,7 +60,7 @@ def noise_multiplier(config: RunConfig, clients: Sequence[Client]) -> float:
         return c.noise_multiplier
     assert c.target_epsilon is not None
     if c.unit == "client":
-        return calibrated(c.target_epsilon, c.delta, rounds)
+        return calibrated(c.target_epsilon, c.delta, rounds, grid=grid(config))
     found = 0.0
     for steps, rate in sorted({steps_and_rate(config, client) for client in clients}, key=lambda x: -x[0] * x[1] ** 2):
         if not found or epsilon([Release(found, steps * rounds, rate)], c.delta) > c.target_epsilon:
@@ -97,6 +110,11 @@ def check_method(config: RunConfig, method: Method) -> None:
             "privacy.canaries get a random class, in the simulator: they need task.kind = 'classification' and engine.name = "
             "'inprocess' or 'ray'; set canaries to 0"
         )
+    if c.noise == "clients" and config.engine.name != "inprocess":
+        raise ConfigError(
+            f"privacy.noise = 'clients' is not built for engine.name = {config.engine.name!r} yet: set it to 'server', or "
+            "engine.name to 'inprocess'"
+        )
     if c.unit == "example":
         _check_rows(config, method)
     if c.secure_aggregation:
@@ -131,14 +149,17 @@ def check_clients(config: RunConfig, clients: Sequence[Client]) -> None:
                 f"privacy.delta is {c.delta:g}, above 1 / {n} ({n} {what}): such a promise holds where one of them is "
                 f"published whole. Set it below {1 / n:.2g}, far below if you can"
             )
-    if c is not None and c.secure_aggregation:
-        asked = max(1, round(config.clients.fraction * len(clients)))
-        if asked < c.min_clients:
-            raise ConfigError(
-                f"privacy.min_clients is {c.min_clients}, but a round asks {asked} clients: no sum would be opened. "
-                "Have more clients or a larger clients.fraction"
-                + ("" if asked < 2 else f", or set min_clients to {asked} if so small a sum may be seen")
-            )
+    asked = max(1, round(config.clients.fraction * len(clients)))
+    if c is not None and c.clipping == "adaptive":
+        from fedloom.privacy.clip_bound import bit_weight
+
+        bit_weight(noise_multiplier(config, clients), asked)
+    if c is not None and c.secure_aggregation and asked < c.min_clients:
+        raise ConfigError(
+            f"privacy.min_clients is {c.min_clients}, but a round asks {asked} clients: no sum would be opened. "
+            "Have more clients or a larger clients.fraction"
+            + ("" if asked < 2 else f", or set min_clients to {asked} if so small a sum may be seen")
+        )
 
 
 def engine(config: RunConfig) -> Callable[..., Simulation[Encoded]]:
