@@ -29,8 +29,8 @@ from fedloom.privacy.ledger import Ledger
 from fedloom.privacy.secure_visits import SecureSums
 from fedloom.runs import canaries, export, inversion
 from fedloom.runs import private as private_runs
-from fedloom.runs.config import PrivacySection
 from fedloom.runs.experiment import Experiment, experiment
+from fedloom.runs.privacy_section import PrivacySection
 from fedloom.runs.run_directory import RunDirectory
 
 AT_MOST = 600

@@ -18,8 +18,8 @@ from fedloom.privacy.keys import secret_file
 from fedloom.privacy.ledger import Entry, Ledger
 from fedloom.privacy.noise import digest
 from fedloom.runs import canaries, private
-from fedloom.runs.config import PrivacySection
 from fedloom.runs.experiment import Experiment
+from fedloom.runs.privacy_section import PrivacySection
 from fedloom.state import State
 
 

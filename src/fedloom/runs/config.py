@@ -13,19 +13,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from fedloom import toml
 from fedloom.errors import ConfigError
+from fedloom.runs.privacy_section import PrivacySection
+from fedloom.runs.section import Section
 from fedloom.text import shown
 
 _LARGE = 1e30
 """Of a number that float32 must hold, squared or times another one of the run."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """[model]: the frozen base."""
 
     name: str
@@ -47,7 +43,7 @@ class ModelSection(_Section):
         return device
 
 
-class TaskSection(_Section):
+class TaskSection(Section):
     """[task]: rows, and what is learnt from them."""
 
     kind: Literal["classification", "regression", "causal-lm"] = "classification"
@@ -91,7 +87,7 @@ class TaskSection(_Section):
         return kind
 
 
-class LoraSection(_Section):
+class LoraSection(Section):
     """[lora]: the adapter."""
 
     rank: int = Field(8, ge=1)
@@ -109,7 +105,7 @@ class LoraSection(_Section):
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
-class ClientsSection(_Section):
+class ClientsSection(Section):
     """[clients]: who takes part, with which rows and budgets."""
 
     count: int | None = Field(None, ge=1, le=1_000_000)
@@ -160,7 +156,7 @@ class MethodSection(BaseModel):
     """One of `fedloom methods`, or your own as "module:Class"."""
 
 
-class TrainSection(_Section):
+class TrainSection(Section):
     """[train]: rounds, and local training."""
 
     rounds: int = Field(5, ge=0, le=1_000_000)
@@ -203,7 +199,7 @@ class TrainSection(_Section):
         return self
 
 
-class EngineSection(_Section):
+class EngineSection(Section):
     """[engine]: where clients run."""
 
     name: Literal["inprocess", "ray", "flower"] = "inprocess"
@@ -244,71 +240,7 @@ class EngineSection(_Section):
         return self
 
 
-class PrivacySection(_Section):
-    """[privacy]: what the server sees of an upload, and what the model may tell of a client or a row."""
-
-    secure_aggregation: bool = False
-    """The server gets the sum of the uploads and no single one."""
-    min_clients: int = Field(3, ge=2)
-    """Clients of the smallest sum that is opened."""
-    min_cover: int = Field(3, ge=1)
-    """Clients that must train a number of the adapter; with fewer, it stays as it was."""
-    limit: float = Field(65536.0, gt=0)
-    """Largest size of a number in a secure sum: a client with a larger one leaves the round."""
-    bits: Literal[32, 64] = 64
-    """Of a number in a secure sum; 32 with a small limit, about 1."""
-
-    unit: Literal["client", "example"] | None = None
-    """Differential privacy of all of a client's rows, or of each row; without it, none."""
-    clip: Annotated[float, Field(gt=0)] | Literal["auto", "adaptive"] = 1.0
-    """Largest norm of a client's change, or of a row's gradient. For clients also `auto`, that of what the server changes on
-    its own rows (task.proxy_data), or `adaptive`, the clients' median, counted under noise."""
-    clip_start: float = Field(0.1, gt=0)
-    """The first norm where clip is `adaptive`; it moves by a tenth a round at most."""
-    noise_multiplier: float | None = Field(None, ge=0)
-    """Standard deviation of the noise over `clip`; 0 clips alone, which is no differential privacy."""
-    target_epsilon: float | None = Field(None, gt=0)
-    """Never passed: the run stops before. Without a noise_multiplier, the noise is such that train.rounds just keep to it."""
-    delta: float = Field(1e-5, gt=0, lt=1)
-    """Of (epsilon, delta)-differential privacy: well below one over the number of what is protected."""
-    noise: Literal["server", "clients"] = "server"
-    """Who adds the noise that protects clients; `clients`: each a share, under the secure sum: the server is not trusted."""
-    canaries: int = Field(0, ge=0)
-    """Training rows that get a random label, each left out by a secret coin: `fedloom audit` bounds epsilon from them."""
-
-    @model_validator(mode="after")
-    def _noise(self) -> PrivacySection:
-        if self.unit is None and (self.noise_multiplier is not None or self.target_epsilon is not None):
-            raise ValueError(
-                'noise_multiplier or target_epsilon is set without a unit, expected unit = "client" or "example"'
-            )
-        if self.unit is not None and self.noise_multiplier is None and self.target_epsilon is None:
-            raise ValueError("unit is set without noise: set target_epsilon, or noise_multiplier")
-        if self.unit != "client" and (self.noise == "clients" or isinstance(self.clip, str)):
-            key, value = ("clip", self.clip) if isinstance(self.clip, str) else ("noise", self.noise)
-            raise ValueError(
-                f"{key} is {value!r}, which protects clients, and unit is {self.unit!r}: set unit to 'client'"
-                + (", or clip to a number" if key == "clip" else ", or remove noise")
-            )
-        if self.noise == "clients" and not self.secure_aggregation:
-            raise ValueError(
-                "noise is 'clients' without secure_aggregation: a share of the noise protects nothing that is seen by itself. "
-                "Set secure_aggregation = true, or noise = 'server'"
-            )
-        return self
-
-    @property
-    def clipping(self) -> Literal["fixed", "auto", "adaptive"]:
-        """Where the clipping bound comes from."""
-        return self.clip if isinstance(self.clip, str) else "fixed"
-
-    @property
-    def first_clip(self) -> float:
-        """The clipping bound of the first round; of `auto`, a stand-in until it is measured."""
-        return self.clip_start if isinstance(self.clip, str) else self.clip
-
-
-class NetworkSection(_Section):
+class NetworkSection(Section):
     """[network]: simulated seconds and joules of every round, from the bytes that crossed and the rows trained on."""
 
     fleet: str
@@ -317,17 +249,17 @@ class NetworkSection(_Section):
     """Who sends on which part of the band; by default clients.keep if that names a file, else it is planned anew."""
 
 
-class RunSection(_Section):
+class RunSection(Section):
     """[run]: the run directory."""
 
     keep_checkpoints: int = Field(2, ge=1)
     """So many of the last rounds can be gone back to: `fedloom resume RUN --round N`."""
 
 
-class TrackSection(_Section):
+class TrackSection(Section):
     """[track]: where the rounds are sent while the run goes on."""
 
-    to: list[str] = []
+    to: list[str] = Field([])
     """Trackers by accelerate's names: tensorboard, wandb, mlflow, trackio, ...; their files are below RUN/track."""
     project: str = "fedloom"
     """The project that trackers file the run under."""
@@ -337,7 +269,7 @@ class TrackSection(_Section):
     """Write RUN/report.html at the end."""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """A whole run: the keys of a run file, with their defaults."""
 
     seed: int = Field(0, ge=0)

@@ -14,8 +14,8 @@ from fedloom.errors import ConfigError
 from fedloom.flows import rehearse
 from fedloom.privacy import graph
 from fedloom.runs import budget, private
-from fedloom.runs.config import PrivacySection
 from fedloom.runs.experiment import Experiment
+from fedloom.runs.privacy_section import PrivacySection
 
 
 @dataclass(frozen=True)
