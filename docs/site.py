@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
+from traitlets.config import Config
 
 from fedloom import methods
 from fedloom.describe import Description, Field, describe
@@ -22,7 +24,8 @@ ABOVE = {
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
     "benchmarks/README.md": "benchmarks.md",
-    "benchmarks/studies/README.md": "studies.md",
+    "benchmarks/studies/README.md": "study-files.md",
+    "examples/own_data.ipynb": "notebook.md",
 }
 """File from above this folder -> its page here."""
 MODULES = {
@@ -46,7 +49,7 @@ def on_files(files: Files, config: Any) -> Files:
     made = {f"method/{each.name}.md": method_page(each) for each in described()}
     made["python.md"] = python_page()
     for source, name in ABOVE.items():
-        made[name] = (ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](").replace("](../docs/", "](")
+        made[name] = re.sub(r"\]\((?:\.\./)*docs/", "](", page_of(ROOT / source))
     for name, content in made.items():
         files.append(File.generated(config, name, content=content))
     return files
@@ -57,6 +60,16 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     for source, name in ABOVE.items():
         markdown = markdown.replace(f"](../{source}", f"]({name}").replace(f"]({source}", f"]({name}")
     return re.sub(r"\]\((?:\.\./)?((?:examples|src|tests)/[^)]+)\)", r"] (`\1`)", markdown)
+
+
+def page_of(file: Path) -> str:
+    """A file's text; a notebook's cells with what they showed when docs/notebook.py ran them."""
+    if file.suffix != ".ipynb":
+        return file.read_text(encoding="utf-8")
+    text, _ = MarkdownExporter(config=Config(NbConvertBase={"display_data_priority": ["text/plain"]})).from_filename(
+        file
+    )
+    return str(text)
 
 
 @cache
