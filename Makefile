@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --quiet --disable-pip-version-check --no-input
 
-.PHONY: demo test check format docs clean
+.PHONY: demo test check package format docs clean
 
 demo: .venv/demo
 	$(BIN)/fedloom run
@@ -16,6 +16,12 @@ check: .venv/test
 	$(BIN)/ruff format --check src tests benchmarks examples docs
 	$(BIN)/ruff check src tests benchmarks examples docs
 	$(BIN)/mypy
+
+# Wheel and source distribution, in build/dist, as an index would take them.
+package: .venv/test
+	rm -rf build/dist
+	$(BIN)/python -m build --no-isolation --outdir build/dist .
+	$(BIN)/twine check --strict build/dist/*
 
 format: .venv/test
 	$(BIN)/ruff format src tests benchmarks examples docs
