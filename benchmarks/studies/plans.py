@@ -11,7 +11,7 @@ from fedloom.wireless.allocate import describe
 from fedloom.wireless.solvers.baselines import baseline
 
 HERE = Path(__file__).parent
-LIMITS_S = (0.25, 0.2)
+LIMITS_S = (0.2,)
 
 
 def main() -> None:
