@@ -125,6 +125,22 @@ def test_templates(llama_tokenizer: Any, template: str) -> None:
         assert rows_of(encoded)[0][:3] == [1, 12, 3]
 
 
+def test_a_template_names_columns(llama_tokenizer: Any) -> None:
+    ds = Dataset.from_dict({"p": ["w0 {q}"], "q": ["w1"], "r": ["w2"]})
+    (row,) = rows_of(encode_causal(ds, llama_tokenizer, "p", "r", "w9 {q} w8 {prompt}", 64))
+    assert row[:5] == [1, 12, 4, 11, 3] and 4 not in row[5:], "braces within a row are text"
+
+
+@pytest.mark.parametrize(("behind", "end"), [("", []), ("{end}", [2]), (" w7{end}", [10, 2])])
+def test_row_and_answer_are_one_text(llama_tokenizer: Any, behind: str, end: list[int]) -> None:
+    ds = Dataset.from_dict({"p": ["w0", "w0 w1 w3"], "r": ["w2 w3", "w4"]})
+    encoded = encode_causal(ds, llama_tokenizer, "p", "r", "w9 {prompt} w8 {response}" + behind, 64)
+    assert rows_of(encoded) == [[1, 12, 3, 11, 5, 6, *end], [1, 12, 3, 4, 6, 11, 7, *end]]
+    assert encoded.starts is not None and encoded.starts.tolist() == [4, 6]
+    short = encode_causal(ds, llama_tokenizer, "p", "r", "w9 {prompt} w8 {response}" + behind, 3)
+    assert [row[-1] for row in rows_of(short)] == [5, 7]
+
+
 def test_the_chat_template_writes_its_own_special_tokens(llama_tokenizer: Any) -> None:
     ds = Dataset.from_dict({"p": ["w1"], "r": ["w2"]})
     assert rows_of(encode_causal(ds, llama_tokenizer, "p", "r", "chat", 64)) == [[1, 4, 2, 3, 5, 2]]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fedloom.data import glue
+from fedloom.data import choices, glue
 from fedloom.errors import ConfigError, DataError, nearest
 from fedloom.text import shown
 
@@ -22,14 +22,14 @@ NEEDS_TEXT = frozenset({"exact_match", "rouge_l"})
 _OF_KIND = {
     "classification": ("loss", "accuracy", "macro_f1", "f1", "matthews"),
     "regression": ("loss", "pearson", "spearman"),
-    "causal-lm": ("loss", "perplexity", "exact_match", "rouge_l"),
+    "causal-lm": ("loss", "perplexity", "exact_match", "rouge_l", *choices.METRICS),
 }
 
 
 def check(names: Sequence[str], kind: str, classes: int | None = None) -> None:
     """Raise ConfigError for a metric that there is not, that scores another kind of task, or another number of classes."""
     for name in names:
-        if name not in _METRICS:
+        if name not in _METRICS and name not in choices.METRICS:
             raise ConfigError(f"task.metrics: {_unknown(name)}")
         if name not in _OF_KIND[kind]:
             others = [other for other, scores in _OF_KIND.items() if name in scores]
@@ -42,7 +42,8 @@ def check(names: Sequence[str], kind: str, classes: int | None = None) -> None:
 
 
 def _unknown(name: str) -> str:
-    return f"there is no metric {shown(name)}, expected one of {', '.join(_METRICS)}{nearest(name, _METRICS)}"
+    known = [*_METRICS, *choices.METRICS]
+    return f"there is no metric {shown(name)}, expected one of {', '.join(known)}{nearest(name, known)}"
 
 
 def compute(names: Sequence[str], predictions: Values, references: Values) -> dict[str, float]:
@@ -68,7 +69,7 @@ def compute(names: Sequence[str], predictions: Values, references: Values) -> di
 
 def default_metrics(kind: str, source: str = "") -> list[str]:
     """The metrics of a kind of task; a GLUE task (`glue/cola`) has its own. Scores of written answers are asked for."""
-    if glue.is_glue(source):
+    if glue.is_glue(source) and kind != "causal-lm":
         return glue.glue_fields(source)[2]
     defaults = {
         "classification": ["accuracy", "macro_f1"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -12,24 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedloom.data import templates
 from fedloom.data.batches import Encoded as Encoded
 from fedloom.data.batches import Kind
 from fedloom.data.labels import classes, values
 from fedloom.data.labels import labels_of as labels_of
-from fedloom.errors import DataError, ModelError, nearest
-from fedloom.text import shortened, shown
+from fedloom.data.templates import CHAT, TEMPLATES, Template
+from fedloom.errors import DataError, ModelError
+from fedloom.text import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Tokenizer = Any  # transformers' tokenizer classes share no typed interface: this alias marks where they come in.
-
-TEMPLATES = {
-    "plain": "{prompt}\n",
-    "question": "Question: {prompt}\nAnswer: ",
-    "alpaca": "### Instruction:\n{prompt}\n\n### Response:\n",
-}
-"""What is put around a prompt; the answer follows. `chat` stands for the tokenizer's own chat template."""
 
 _TEMPLATE_S = 30.0  # for one block of prompts in a chat template: a hundred times what it takes
 _BLOCK = 1024  # rows tokenised at once: bounds the memory of the Python lists that a tokenizer returns
@@ -82,30 +77,36 @@ def encode_labelled(
 
 
 def encode_causal(
-    ds: Dataset, tokenizer: Tokenizer, prompt: str, response: str, template: str | None, max_length: int
+    ds: Dataset,
+    tokenizer: Tokenizer,
+    prompt: str,
+    response: str,
+    template: str | None,
+    max_length: int,
+    end: bool = True,
 ) -> Encoded:
-    """Tokenise instruction data (a prompt and a response column): the loss counts the answer and its end token.
+    """Tokenise instruction data: the loss counts the answer, in column `response`, and its end token if there is one.
 
-    `template` is a name in `TEMPLATES`, a string with `{prompt}` in it, or `"chat"`; None means `"plain"`. A row longer
-    than `max_length` loses the end of its answer; a prompt that leaves no room for one is cut from its left, keeping a
-    start token. Raises DataError for a template without `{prompt}`, `"chat"` where the tokenizer has none, or a
-    `max_length` below 2.
+    `template` is a name in `TEMPLATES`, `"chat"`, or a string with `{prompt}` or other columns' names in it; None means
+    `"plain"`. With `{response}` in it, row and answer are tokenised as one text, and only `{end}` behind it adds the end
+    token; without `end` no row has one. A row longer than `max_length` loses the end of its answer; a prompt that leaves no
+    room for one is cut from its left, keeping a start token. Raises DataError for a template without a column, `"chat"` where
+    the tokenizer has none, or a `max_length` below 2.
     """
     if max_length < 2:
         raise DataError(
             f"got max_length {max_length}, expected at least 2: one token of the prompt and one of the answer"
         )
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    form = None if template == CHAT else templates.read(template)
+    closing = end and (form is None or form.end) and tokenizer.eos_token_id is not None
     tokens: list[NDArray[np.int32]] = []
     lengths: list[int] = []
     starts: list[int] = []
     for first in range(0, len(ds), _BLOCK):
         block = ds[first : first + _BLOCK]
-        prompts = encode_prompts([str(x) for x in block[prompt]], tokenizer, template)
-        answers = tokenizer([str(x) for x in block[response]], add_special_tokens=False, verbose=False)["input_ids"]
         rows = []
-        for i, (p, a) in enumerate(zip(prompts, answers, strict=True)):
-            a = a + end
+        for i, (p, a) in enumerate(_halves(block, tokenizer, prompt, response, form)):
+            a = [*a, tokenizer.eos_token_id] if closing else a
             if not a:
                 raise DataError(
                     f"row {first + i + 1} has an empty answer in column {response!r}: remove the row or fill it"
@@ -124,33 +125,62 @@ def encode_causal(
     )
 
 
+def _halves(
+    block: Mapping[str, Sequence[Any]], tokenizer: Tokenizer, prompt: str, response: str, form: Template | None
+) -> Iterator[tuple[list[int], list[int]]]:
+    """(tokens of the prompt, tokens of the answer) of every row."""
+    answers = [str(x) for x in block[response]]
+    if form is None or form.after is None:
+        texts = [str(x) for x in block[prompt]] if form is None else form.fill(block, prompt)
+        prompts = encode_prompts(texts, tokenizer, CHAT) if form is None else _encode_texts(texts, tokenizer)
+        yield from zip(prompts, tokenizer(answers, add_special_tokens=False, verbose=False)["input_ids"], strict=True)
+        return
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            "a template with {response} needs a fast tokenizer, which tells where a token begins: end it before"
+        )
+    texts = form.fill(block, prompt)
+    whole = [text + answer + form.after for text, answer in zip(texts, answers, strict=True)]
+    coded = tokenizer(whole, return_offsets_mapping=True, verbose=False)
+    for text, row, spans in zip(texts, coded["input_ids"], coded["offset_mapping"], strict=True):
+        # The answer's first token may hold the space before it.
+        length = len(text.rstrip())
+        ends = [end for _, end in spans]
+        row = row[:-1] if len(row) > 1 and row[-1] == tokenizer.eos_token_id and ends[-1] == 0 else row
+        start = next((i for i, end in enumerate(ends[: len(row)]) if end > length), len(row))
+        yield row[:start] or [first_token(tokenizer)], row[start:]
+
+
 def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, template: str | None) -> list[list[int]]:
     """Token ids of the prompts inside their template, at least one token each: what an answer is generated from."""
-    name = template or "plain"
-    if name == "chat":
+    if template == CHAT:
         if not getattr(tokenizer, "chat_template", None):
             raise DataError(
                 f"template 'chat' needs a tokenizer with a chat template, and this one has none: use one of "
                 f"{', '.join(TEMPLATES)}, or a string with {{prompt}} in it"
             )
         texts = in_chat_template([([{"role": "user", "content": x}], True) for x in prompts], tokenizer)
-        special = False  # a chat template writes its special tokens itself
-    else:
-        form = TEMPLATES.get(name, name)
-        if "{prompt}" not in form:
-            raise DataError(
-                f"got template {shown(name)}, expected {', '.join(TEMPLATES)}, chat, or a string with {{prompt}} in it"
-                f"{nearest(name, [*TEMPLATES, 'chat'])}"
-            )
-        texts = [form.replace("{prompt}", x) for x in prompts]
-        special = True
-    rows: list[list[int]] = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-    end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
-    begin = end if begin is None else begin
+        # A chat template writes its special tokens itself.
+        rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [row or [first_token(tokenizer)] for row in rows]
+    return _encode_texts(templates.read(template).fill({"prompt": prompts}, "prompt"), tokenizer)
+
+
+def _encode_texts(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    rows: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
+    end = tokenizer.eos_token_id
     # The answer's first token is predicted from the one before it, so a prompt has at least one token, and none that
     # closes the text.
-    rows = [row[:-1] if special and len(row) > 1 and row[-1] == end else row for row in rows]
-    return [row or [_pad_id(tokenizer) if begin is None else begin] for row in rows]
+    rows = [row[:-1] if len(row) > 1 and row[-1] == end else row for row in rows]
+    return [row or [first_token(tokenizer)] for row in rows]
+
+
+def first_token(tokenizer: Tokenizer) -> int:
+    """What an answer without any prompt is predicted from."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return _pad_id(tokenizer)
 
 
 def in_chat_template(conversations: Sequence[tuple[list[dict[str, str]], bool]], tokenizer: Tokenizer) -> list[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedloom.core import Work
 from fedloom.data.batches import Encoded
 from fedloom.ray.pool import Pool
@@ -19,6 +22,11 @@ class RemoteTrainer:
         found = self._pool.call("evaluate", work, data)[1]
         assert isinstance(found, Evaluation)
         return found
+
+    def log_likelihoods(self, work: Work, data: Encoded) -> NDArray[np.float64]:
+        """(n,) of each row's answer."""
+        made: NDArray[np.float64] = self._pool.call("log_likelihoods", work, data)[1]
+        return made
 
     def generate(self, work: Work, data: Encoded, max_new_tokens: int = 64) -> list[list[int]]:
         """The greedy answer to each row's prompt."""

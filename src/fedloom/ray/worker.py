@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedloom.core import Work
 from fedloom.data.batches import Encoded
@@ -63,6 +65,10 @@ class Worker:
     def evaluate(self, work: Work, rows: Encoded) -> Evaluation:
         """Loss and predictions."""
         return self._trainer.evaluate(work, rows)
+
+    def log_likelihoods(self, work: Work, rows: Encoded) -> NDArray[np.float64]:
+        """Log-likelihoods of the answers."""
+        return self._trainer.log_likelihoods(work, rows)
 
     def generate(self, work: Work, rows: Encoded, max_new_tokens: int) -> list[list[int]]:
         """Greedy answers."""

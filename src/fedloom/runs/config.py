@@ -62,10 +62,14 @@ class TaskSection(Section):
     """causal-lm: the column of prompts."""
     response: str = "response"
     """causal-lm: the column of responses; the loss counts them alone."""
+    choices: str | list[str] | None = None
+    """causal-lm: a column of lists of answers, or a list for all rows; the response is then the right one's text, letter, or
+    index from 0. For metrics that begin with choice."""
     messages: str | None = None
     """Instead of prompt and response, for a causal LM: a column of conversations, lists of {"role", "content"}."""
     template: str = "plain"
-    """Around the prompt: "plain", "question", "alpaca", "chat", or a text with {prompt} in it."""
+    """Around the prompt: "plain", "question", "alpaca", "chat", or a text with {prompt} or other columns in it. With {response}
+    in it too, row and answer are tokenised as one text, and {end} behind it adds the end token."""
     max_length: int = Field(128, ge=2, le=1_000_000)
     """Tokens a row; the default is no more than the model has positions."""
     holdout: float = Field(0.1, gt=0, lt=1)
@@ -169,6 +173,8 @@ class TrainSection(Section):
     """Rows of a client's step."""
     lr: float = Field(1e-3, ge=0, le=_LARGE)
     """Learning rate of local training."""
+    lr_last: float | None = Field(None, ge=0, le=_LARGE)
+    """Of the last round: the learning rate falls to it by a cosine over the rounds; without it, it stays."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Of local training; its moments start anew in every visit."""
     momentum: float = Field(0.0, ge=0, lt=1)

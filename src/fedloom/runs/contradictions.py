@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
+from fedloom.data import choices
 from fedloom.data.metrics import NEEDS_TEXT
 from fedloom.errors import ConfigError
 from fedloom.runs.config import RunConfig
@@ -65,12 +66,17 @@ def _task(c: RunConfig) -> Iterator[str]:
         if task.messages is not None:
             why = "task.messages has whole conversations, in the model's own template"
             yield from _unused("task", task, why, "prompt", "response", "template")
+        asked = {*(task.metrics or [])} & {*choices.METRICS}
+        if asked and task.choices is None:
+            yield f"task.metrics has {', '.join(sorted(asked))}, but task.choices is not set: name a column, or list them"
+        if task.messages is not None and task.choices is not None:
+            yield "task.choices is set, but task.messages has whole conversations: remove one of them"
         if not NEEDS_TEXT & {*(task.metrics or [])}:
             why = f"none of task.metrics needs a written answer ({', '.join(sorted(NEEDS_TEXT))})"
             yield from _unused("task", task, why, "max_new_tokens")
     else:
         why = f"a {task.kind} has task.text and task.label"
-        yield from _unused("task", task, why, "prompt", "response", "messages", "template", "max_new_tokens")
+        yield from _unused("task", task, why, "prompt", "response", "choices", "messages", "template", "max_new_tokens")
 
 
 def _clients(c: RunConfig) -> Iterator[str]:

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from fedloom.core import Work
-from fedloom.data import metrics
+from fedloom.data import choices, metrics
 from fedloom.data.chat import last_answer
-from fedloom.data.tokenize import Encoded
+from fedloom.data.tokenize import Encoded, first_token
 from fedloom.runs.experiment import Experiment
 from fedloom.train.trainer import Scorer
 
@@ -29,6 +29,7 @@ def score(e: Experiment, work: Work, rows: Encoded | None = None) -> dict[str, f
         answers = _answers(e, work, rows) if texts or own else ([], [])
         values |= metrics.compute(texts, *answers) if texts else {}
         values |= {name: float(function(*answers)) for name, function in own.items()}
+    values |= _choices(e, work, [name for name in names if name in choices.METRICS])
     rest = [name for name in names if name not in metrics.NEEDS_TEXT]
     if rest and result.predictions is not None and rows.targets is not None:
         values |= metrics.compute(rest, result.predictions.numpy(), rows.targets)
@@ -39,6 +40,20 @@ def score(e: Experiment, work: Work, rows: Encoded | None = None) -> dict[str, f
 
 def _scorer(e: Experiment) -> Scorer:
     return e.trainer if e.elsewhere is None else e.elsewhere.scorer
+
+
+def _choices(e: Experiment, work: Work, names: list[str]) -> dict[str, float]:
+    """Shares of the held-out rows whose right answer the model finds likeliest."""
+    if not names or e.tables.choices is None:
+        return {}
+    rows = e.rows.choices
+    assert rows.starts is not None, "rows of a causal LM have a start"
+    likelihoods = _scorer(e).log_likelihoods(work, rows)
+    unprompted = None
+    if "choice_mutual" in names:
+        unprompted = _scorer(e).log_likelihoods(work, choices.alone(rows, first_token(e.base.tokenizer)))
+    tokens = (rows.lengths - rows.starts).astype(float)
+    return {name: choices.score(name, e.tables.choices, likelihoods, tokens, unprompted) for name in names}
 
 
 def _answers(e: Experiment, work: Work, rows: Encoded) -> tuple[list[str], list[str]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedloom.client import Client
 from fedloom.core import Method, Visit, Work
-from fedloom.data import load, partition
+from fedloom.data import choices, load, partition
 from fedloom.data.chat import encode_chats
 from fedloom.data.metrics import NEEDS_TEXT
 from fedloom.data.tokenize import Encoded, encode_causal, encode_labelled
@@ -69,6 +69,16 @@ class Rows:
     @cached_property
     def eval(self) -> Encoded:
         return self._encode(self.tables.eval)
+
+    @cached_property
+    def choices(self) -> Encoded:
+        """A row for each answer that a held-out row chooses from, without end token."""
+        task, found = self.config.task, self.tables.choices
+        assert found is not None, "task.choices was checked"
+        rows = choices.expanded(self.tables.eval, task.response, found)
+        return encode_causal(
+            rows, self.tokenizer, task.prompt, task.response, task.template, self.max_length, end=False
+        )
 
     @cached_property
     def proxy(self) -> Encoded | None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedloom.data import chat, load, metrics
+from fedloom.data import chat, choices, load, metrics, templates
+from fedloom.data.choices import Choices
 from fedloom.data.glue import glue_fields, is_glue
 from fedloom.data.tokenize import labels_of
 from fedloom.errors import DataError
@@ -34,6 +35,8 @@ class Tables:
     metrics: list[str]
     chats: bool = False
     """Whether `text` is a column of conversations."""
+    choices: Choices | None = None
+    """The answers that held-out rows choose from, if task.choices has any."""
 
 
 def tables(config: RunConfig, given: Given | None = None) -> Tables:
@@ -51,7 +54,8 @@ def tables(config: RunConfig, given: Given | None = None) -> Tables:
     if chats is not None:
         text, columns = [chats], []
     elif task.kind == "causal-lm":
-        text, columns = [task.prompt], [task.prompt, task.response]
+        text = _prompt_columns(task)
+        columns = [*text, task.response]
     else:
         text = task.text or (glue[0] if glue else _text_column(train))
         columns = [*text, task.label]
@@ -71,7 +75,12 @@ def tables(config: RunConfig, given: Given | None = None) -> Tables:
         _require(proxy, columns, chats)
     names = task.metrics or metrics.default_metrics(task.kind, task.data)
     metrics.check(names, task.kind, len(labels) if labels else None)
-    return Tables(train, held_out, proxy, text, labels, names, chats is not None)
+    found = None
+    if task.choices is not None:
+        found = choices.flat(held_out, task.response, task.choices)
+        train, held_out = (choices.with_answers(rows, task.response, task.choices) for rows in (train, held_out))
+        proxy = proxy and choices.with_answers(proxy, task.response, task.choices)
+    return Tables(train, held_out, proxy, text, labels, names, chats is not None, found)
 
 
 def read(source: str) -> Dataset:
@@ -86,9 +95,15 @@ def read(source: str) -> Dataset:
 
 def _chats(task: TaskSection, train: Dataset) -> str | None:
     """The column of conversations, if there is one: the one named, or `messages` where there are no prompts."""
-    if task.messages is not None or task.prompt in train.column_names or "messages" not in train.column_names:
+    asked = task.messages is not None or task.prompt in train.column_names or task.choices is not None
+    if asked or "messages" not in train.column_names:
         return task.messages
     return "messages"
+
+
+def _prompt_columns(task: TaskSection) -> list[str]:
+    """The columns that a prompt is made from."""
+    return [task.prompt] if task.template == templates.CHAT else templates.read(task.template).columns(task.prompt)
 
 
 def _require(rows: Dataset, columns: list[str], chats: str | None) -> None:

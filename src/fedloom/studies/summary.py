@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedloom import toml
+from fedloom.data import choices
 from fedloom.data.metrics import default_metrics
 from fedloom.errors import ConfigError, RunError
 from fedloom.studies import results, statistics
@@ -19,7 +20,7 @@ from fedloom.studies.runner import FORMAT, INDEX
 from fedloom.studies.statistics import Difference, Interval, VarianceSplit
 from fedloom.studies.study import LOWER_IS_BETTER, UNTUNED, Budget, flat
 
-SHARES = frozenset({"accuracy", "exact_match"})
+SHARES = frozenset({"accuracy", "exact_match", *choices.METRICS})
 """Scores that are shares of right answers: the test set's own error is binomial."""
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedloom.core import Client, Trained, Work
 from fedloom.data.batches import Encoded, schedule, targets
@@ -43,6 +44,10 @@ class Scorer(Protocol):
 
     def evaluate(self, work: Work, data: Encoded) -> Evaluation:
         """Loss and predictions, row by row."""
+        ...
+
+    def log_likelihoods(self, work: Work, data: Encoded) -> NDArray[np.float64]:
+        """(n,) of each row's answer."""
         ...
 
     def generate(self, work: Work, data: Encoded, max_new_tokens: int) -> list[list[int]]:
@@ -148,6 +153,20 @@ class Trainer:
         logits = torch.empty_like(sorted_logits).index_copy_(0, torch.from_numpy(rows), sorted_logits)
         predictions = logits.argmax(1) if data.kind == "classification" else logits.squeeze(1)
         return Evaluation(loss, int(count), logits, predictions)
+
+    def log_likelihoods(self, work: Work, data: Encoded, batch_size: int | None = None) -> NDArray[np.float64]:
+        """(n,) log-likelihood of each row's answer tokens behind its prompt, of a causal LM."""
+        size = batch_size or 8 * self.settings.batch_size
+        rows = np.argsort(data.lengths, kind="stable")
+        found = np.zeros(len(data))
+        with torch.no_grad(), self.loaded(work, data):
+            for first in range(0, len(rows), size):
+                chosen = rows[first : first + size]
+                wanted = targets([(data, chosen)])
+                logits = self._model.logits([(data, chosen)], wanted)
+                each = F.cross_entropy(logits.float(), wanted.labels.to(logits.device), reduction="none").double().cpu()
+                found[chosen] = -torch.zeros(len(chosen), dtype=each.dtype).index_add_(0, wanted.row, each).numpy()
+        return found
 
     def generate(
         self, work: Work, data: Encoded, max_new_tokens: int = 64, batch_size: int | None = None
