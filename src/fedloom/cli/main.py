@@ -97,7 +97,15 @@ def resume(
 
 
 @app.command(cls=Command)
-def evaluate(path: RunPath, client: ClientOption = None) -> None:
+def evaluate(
+    path: RunPath,
+    client: ClientOption = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness instead: its names, or task files (.yaml)."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many rows of each of the tasks.")] = None,
+) -> None:
     """Score a finished run again, from the adapter that it saved.
 
     Example: fedloom evaluate runs/fslora-trec
@@ -105,6 +113,15 @@ def evaluate(path: RunPath, client: ClientOption = None) -> None:
     _quiet()
     from fedloom.runs import finished as saved
 
+    if tasks is not None:
+        from fedloom.runs import harness
+
+        for task, scores in harness.evaluate_tasks(path, [x.strip() for x in tasks.split(",")], client, limit).items():
+            for name, value in scores.items():
+                out.print(f"{task} {name} {value:.6f}")
+        return
+    if limit is not None:
+        raise ConfigError("--limit is for --tasks: the held-out rows of a run are task.eval_limit's")
     for name, value in saved.evaluate_saved(path, client).items():
         out.print(f"{name} {value:.6f}")
 
