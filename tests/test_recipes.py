@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from fedloom import recipes
 from fedloom.cli.main import call
-from fedloom.data.tokenize import encode_prompts
+from fedloom.data.tokenize import encode_causal
 from fedloom.errors import ConfigError
 from fedloom.runs import config as configs
 from fedloom.runs.plan import plan
@@ -46,21 +47,31 @@ def test_there_is_a_recipe_for_each_published_setting() -> None:
 
 
 @pytest.mark.slow
-def test_flowertune_prompts_are_the_protocols(need: Need) -> None:
-    """`{preamble}\\n### Instruction:\\n{instruction}\\n### Response: {response}`, with SmolLM2's tokens, which are stored."""
+def test_flowertune_rows_are_the_protocols(need: Need) -> None:
+    """One text, `{preamble}\\n### Instruction:\\n{instruction}\\n### Response: {response}`, whose loss begins behind the colon.
+
+    SmolLM2's tokens are stored.
+    """
     need("smollm2")
     from fedloom.models import huggingface
 
     tokenizer = huggingface.load_base("smollm2", kind="causal-lm", num_labels=1, seed=0).tokenizer
-    for name in recipes.names():
-        if "flowertune" in name:
-            template = recipes.get(name).run["task"]["template"]
-            tokens = encode_prompts(["Name three colours."], tokenizer, template)[0]
-            assert tokenizer.decode(tokens) == f"{PREAMBLE}\n### Instruction:\nName three colours.\n### Response: "
-            assert tokens == [
+    rows = Dataset.from_dict(
+        {"instruction": ["Name three colours."], "input": ["Of a flag."], "output": ["Red, white and blue."]}
+    )
+    name, flag, both = [5820, 1296, 14797, 30], [6228, 253, 7048, 30], [5820, 1296, 14797, 30, 3513, 253, 7048, 30]
+    asked = {"general-nlp": name, "finance": both, "code": both, "medical": flag, "smollm2-flowertune": name}
+    for recipe in recipes.names():
+        if "flowertune" in recipe:
+            task = recipes.get(recipe).run["task"]
+            coded = encode_causal(rows, tokenizer, "prompt", task["response"], task["template"], task["max_length"])
+            before = [
                 19798, 314, 354, 5785, 338, 6601, 253, 3856, 30, 9517, 253, 2426, 338, 13674, 32873, 260, 3116, 30, 198,
-                3757, 20880, 42, 198, 5820, 1296, 14797, 30, 198, 3757, 14212, 42, 216,
+                3757, 20880, 42, 198, *asked[recipe.removeprefix("flowertune-")], 198, 3757, 14212, 42,
             ]  # fmt: skip
+            assert coded.tokens.tolist() == [*before, 3950, 28, 2537, 284, 4461, 30]
+            assert coded.starts is not None and coded.starts.tolist() == [len(before)]
+            assert tokenizer.decode(before).startswith(PREAMBLE)
 
 
 def test_flowertune_is_within_its_protocol() -> None:
@@ -70,6 +81,7 @@ def test_flowertune_is_within_its_protocol() -> None:
         assert (config.clients.count, config.clients.fraction, config.clients.partition) == (count, fraction, "iid")
         assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (32, 64.0, 0.075)
         assert (config.train.rounds, config.train.local_steps, config.train.batch_size) == (200, 10, 16)
+        assert (config.train.lr, config.train.lr_last, config.train.schedule) == (5e-5, 1e-6, "constant")
 
 
 def test_an_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,7 +183,7 @@ def test_lr_sum_is_the_sum_of_the_rates(schedule: Any, build: Any, rows: Any, wo
         (c, replace(w, lr=lr, steps=n)) for (c, w), lr, n in zip(works(family), (1.0, 0.5, 2.0), (4, 7, 1), strict=True)
     ]
     data = [rows(n, family.kind, n) for n in (4, 11, 7)]
-    settings = Settings(lr=0.02, schedule=schedule, warmup=0.3)
+    settings = Settings(lr=0.025, lr_last=0.015, rounds=2, schedule=schedule, warmup=0.3)  # 0.02 in round 1 of 2
     with Trainer(family.model, family.sites, family.heads, settings=settings) as trainer:
         for (_, work), done in zip(clients, trainer.fit(clients, data, 1), strict=True):
             assert work.steps == done.steps

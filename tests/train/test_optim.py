@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 
 import pytest
@@ -70,6 +71,14 @@ def test_schedule_covers_a_clients_own_steps() -> None:
     assert factors("linear", 5).tolist() == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
     assert factors("cosine", 2).tolist() == pytest.approx([1, 0.5])
     assert factors("linear", 1, 1.0).tolist() == pytest.approx([1.0])
+
+
+def test_the_rate_falls_by_a_cosine_over_the_rounds() -> None:
+    rate = Settings(lr=5e-5, lr_last=1e-6, rounds=200).lr_of
+    for t in (1, 77, 200):
+        assert rate(t) == pytest.approx(1e-6 + (5e-5 - 1e-6) / 2 * (1 + math.cos(math.pi * t / 200)))
+    assert rate(201) == rate(200) == 1e-6
+    assert Settings(lr=0.3, rounds=2).lr_of(2) == 0.3
 
 
 def test_defaults_are_those_of_the_run_file() -> None:

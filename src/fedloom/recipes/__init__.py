@@ -5,6 +5,7 @@ A recipe is a run file with two more tables: [recipe] says where it is from, [st
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ def stand_in(run: Mapping[str, Any]) -> dict[str, Any]:
     causal = task.get("kind") == "causal-lm"
     made["model"] = {"name": "smollm2" if causal else "minilm"}
     shared = {key: task[key] for key in ("kind", "template") if key in task}
+    if "template" in shared:
+        shared["template"] = _of_one_column(shared["template"])
     if causal:
         made["task"] = shared | {"data": "chatterbot", "prompt": "question", "response": "answer", "max_length": 64}
         made["task"] |= {"limit": 64, "eval_limit": 16}
@@ -72,6 +75,11 @@ def stand_in(run: Mapping[str, Any]) -> dict[str, Any]:
     train = {key: value for key, value in made["train"].items() if key not in ("local_epochs", "local_steps")}
     made["train"] = train | {"rounds": 2, "local_steps": 2, "batch_size": 4, "evaluate_every": 1}
     return made
+
+
+def _of_one_column(template: str) -> str:
+    """The template with {prompt} in place of the columns that it names."""
+    return re.sub(r"\{(?!response|end)\w+\}( \{(?!response|end)\w+\})*", "{prompt}", template)
 
 
 def needs(run: Mapping[str, Any]) -> list[str]:

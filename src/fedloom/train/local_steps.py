@@ -89,7 +89,7 @@ def run(model: AdaptedModel, members: Sequence[Member], settings: Settings, t: i
             (grad,) = torch.autograd.grad(torch.stack([losses.sum(), *penalties]).sum(), leaf)
             norms = clip_(grad, settings.clip)
         rates = [
-            settings.lr * m.work.lr * schedule_factor(settings.schedule, step, len(m.plan), settings.warmup)
+            settings.lr_of(t) * m.work.lr * schedule_factor(settings.schedule, step, len(m.plan), settings.warmup)
             for m in active
         ]
         optimiser.step(grad, torch.tensor(rates, dtype=dtype, device=model.device).unsqueeze(1))

@@ -30,6 +30,9 @@ class Settings:
     """Largest norm of one client's gradient; None for no limit."""
     momentum: float = 0.0
     """Of SGD."""
+    lr_last: float | None = None
+    """The learning rate falls to it by a cosine over the `rounds`; None for one that stays."""
+    rounds: int = 5
     schedule: ScheduleName = "constant"
     warmup: float = 0.0
     """Share of a client's steps over which the learning rate rises."""
@@ -46,6 +49,17 @@ class Settings:
     """Recompute activations in the backward pass instead of keeping them."""
     private: Private | None = None
     """Rows are protected: batches are Poisson samples, gradients are clipped row by row and noised, and no loss is told."""
+
+    def lr_of(self, t: int) -> float:
+        """The learning rate of round t: lo + (lr - lo) (1 + cos(pi t / T)) / 2, `lo` itself in round T and after it.
+
+        >>> [round(Settings(lr=1.0, lr_last=0.5, rounds=2).lr_of(t), 2) for t in (1, 2, 3)]
+        [0.75, 0.5, 0.5]
+        """
+        if self.lr_last is None:
+            return self.lr
+        share = 0.5 * (1.0 + math.cos(math.pi * min(1.0, t / max(1, self.rounds))))
+        return self.lr_last + (self.lr - self.lr_last) * share
 
 
 def schedule_factor(name: ScheduleName, step: int, steps: int, warmup: float = 0.0) -> float:
