@@ -196,7 +196,7 @@ def test_rooms_of_the_planner_go_downwards() -> None:
     "statement, absent",
     [
         ("import fedloom", ["torch", "flwr", "ray", "transformers", "peft", "datasets", "numpy"]),
-        ("import fedloom.runs.run", ["ray"]),
+        ("import fedloom.runs.run", ["ray", "flwr", "cvxpy", "cryptography", "dp_accounting", "tensorboard"]),
         ("import fedloom.errors", ["torch", "numpy"]),
         ("import fedloom.core, fedloom.lora, fedloom.loop", ["transformers", "flwr", "datasets", "peft"]),
         (

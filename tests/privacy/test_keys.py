@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedloom.errors import ConfigError, RoundError, RunError
-from fedloom.privacy.keys import Identity, RunKey, check_roster, check_signature, derive, joined, secret_file
+from fedloom.privacy.keys import Identity, RunKey, check_roster, check_signature
+from fedloom.privacy.secret import derive, joined, secret_file
 
 
 def test_two_parties_share_a_secret_that_a_third_does_not() -> None:

@@ -9,9 +9,10 @@ from scipy import stats
 
 from fedloom.privacy.exchange import Masked, Party, Terms
 from fedloom.privacy.fixed_point import FixedPoint
-from fedloom.privacy.keys import RunKey, derive
+from fedloom.privacy.keys import RunKey
 from fedloom.privacy.masks import mask, stream
 from fedloom.privacy.memory import Memory
+from fedloom.privacy.secret import derive
 
 
 def test_the_stream_is_chacha20_and_does_not_depend_on_how_much_is_asked() -> None:

@@ -27,9 +27,10 @@ from torch import Tensor
 from fedloom.errors import RoundError
 from fedloom.privacy import graph, shamir
 from fedloom.privacy.fixed_point import FixedPoint
-from fedloom.privacy.keys import RunKey, derive, joined
+from fedloom.privacy.keys import RunKey
 from fedloom.privacy.masks import SEED, mask
 from fedloom.privacy.memory import Memory
+from fedloom.privacy.secret import derive, joined
 
 OWN = ""
 """Names a client's own seed beside those that it shares with neighbours."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from torch import Tensor
 
-from fedloom.privacy.keys import derive
+from fedloom.privacy.secret import derive
 
 SEED = 16
 """Bytes of a seed."""
@@ -16,6 +15,8 @@ _CHUNK = 1 << 20
 
 def stream(seed: bytes, count: int) -> bytearray:
     """`count` bytes of ChaCha20 under a key derived from the seed. The nonce is zero: a seed is used once."""
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+
     encryptor = Cipher(algorithms.ChaCha20(derive(seed, "mask"), bytes(16)), mode=None).encryptor()
     made, zeros = bytearray(count), bytes(min(count, _CHUNK))
     view = memoryview(made)

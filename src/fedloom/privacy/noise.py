@@ -7,8 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-from fedloom.privacy.keys import derive, joined
 from fedloom.privacy.masks import stream
+from fedloom.privacy.secret import derive, joined
 from fedloom.state import State
 
 STEP = 2.0**-30

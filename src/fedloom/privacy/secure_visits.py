@@ -17,8 +17,9 @@ from fedloom.engine import Answer, Job, Total
 from fedloom.privacy.client_level import ClientLevel
 from fedloom.privacy.contribution import contribution
 from fedloom.privacy.exchange import Aggregator, Party, Shares, shares_size
-from fedloom.privacy.keys import RunKey, derive
+from fedloom.privacy.keys import RunKey
 from fedloom.privacy.memory import Memory
+from fedloom.privacy.secret import derive
 from fedloom.privacy.sum_plan import Rule, SumPlan, planned
 from fedloom.simulation import LocalVisits, Simulation
 

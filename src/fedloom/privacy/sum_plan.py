@@ -18,7 +18,7 @@ from fedloom.privacy.client_noise import NoiseShares, noisy_terms
 from fedloom.privacy.cover import covered
 from fedloom.privacy.exchange import Terms
 from fedloom.privacy.fixed_point import FixedPoint, Layout
-from fedloom.privacy.keys import joined
+from fedloom.privacy.secret import joined
 from fedloom.spec import reject_reason
 from fedloom.state import Sites, only
 

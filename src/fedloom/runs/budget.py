@@ -14,9 +14,9 @@ from fedloom.loop import Record
 from fedloom.privacy.accountant import Release, epsilon
 from fedloom.privacy.client_level import ClientLevel
 from fedloom.privacy.example_level import Private
-from fedloom.privacy.keys import secret_file
 from fedloom.privacy.ledger import Entry, Ledger
 from fedloom.privacy.noise import digest
+from fedloom.privacy.secret import secret_file
 from fedloom.runs import canaries, private
 from fedloom.runs.experiment import Experiment
 from fedloom.runs.privacy_section import PrivacySection

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from fedloom.data.tokenize import Encoded
 from fedloom.errors import ConfigError
-from fedloom.privacy.keys import secret_file
 from fedloom.privacy.noise import uniforms
+from fedloom.privacy.secret import secret_file
 
 if TYPE_CHECKING:
     from fedloom.runs.experiment import Experiment
