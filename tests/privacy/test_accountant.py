@@ -40,6 +40,17 @@ def test_sampled_releases(releases: list[Release], delta: float, want: float) ->
     assert epsilon(releases, delta) == pytest.approx(want, abs=1e-4)
 
 
+def test_another_accountant_brackets_sampled_releases() -> None:
+    """Gopi, Lee, Wutschitz, arXiv 2106.02848: an upper and a lower bound that its authors prove."""
+    pytest.importorskip("dp_accounting")
+    prv = pytest.importorskip("prv_accountant")
+    for z, q, T in ((1.0, 0.1, 100),):
+        mechanism = prv.PoissonSubsampledGaussianMechanism(noise_multiplier=z, sampling_probability=q)
+        other = prv.PRVAccountant([mechanism], max_self_compositions=[T], eps_error=0.02, delta_error=1e-9)
+        low, _, high = other.compute_epsilon(delta=1e-5, num_self_compositions=[T])
+        assert low - 1e-3 <= epsilon([Release(z, T, q)], 1e-5) <= high + 1e-3
+
+
 def test_the_closed_form_is_what_privacy_loss_distributions_give() -> None:
     pytest.importorskip("dp_accounting")
     from dp_accounting import GaussianDpEvent

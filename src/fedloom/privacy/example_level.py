@@ -59,4 +59,7 @@ def clipped_sum(grads: Tensor, owner: Tensor, count: int, limit: float) -> Tenso
     norms = torch.linalg.vector_norm(grads, dim=1)
     share = torch.where(norms.isfinite(), (limit / norms.clamp_min(1e-30)).clamp_max(1.0), 0.0)
     grads = torch.where(norms.isfinite().unsqueeze(1), grads, 0.0) if not bool(norms.isfinite().all()) else grads
-    return grads.new_zeros(count, grads.shape[1]).index_add_(0, owner, grads * share.unsqueeze(1))
+    # One product reads the gradients once more and writes nothing of their size.
+    weights = grads.new_zeros(count, len(grads))
+    weights[owner, torch.arange(len(grads), device=owner.device)] = share
+    return weights @ grads

@@ -99,22 +99,29 @@ class AdapterStack:
         self._shortcut = shortcut
         self._sources: list[_Sources] | None = None  # of A, B and gate
 
-    def __call__(self, leaf: Tensor, dtype: torch.dtype) -> tuple[Factors, Views]:
-        """The factors and the stacked leaves in `dtype`, from the `leaf` (K, P) of the first K clients: one cast for all."""
-        K = leaf.shape[0]
+    def __call__(
+        self, leaf: Tensor, dtype: torch.dtype, owners: Sequence[int] | None = None
+    ) -> tuple[Factors, Views]:
+        """The factors and the stacked leaves in `dtype`, from the `leaf` (K, P) of the first K clients: one cast for all.
+
+        With `owners`, and not in the first call, row i of the leaf (R, P) is another copy of what client owners[i] trains.
+        """
+        at = slice(0, len(leaf)) if owners is None else torch.tensor(owners, device=leaf.device)
+        owners = range(len(leaf)) if owners is None else owners
         low = self._layout.views(leaf.to(dtype))
         made: list[tuple[Group, Group, Group]] = []
         if self._sources is None or any(x.computed for x in self._sources):
-            states = self._layout.states(self._layout.views(leaf), K)
-            for adapter, state, fixed in zip(self._adapters, states, self._fixed, strict=False):
-                factors = adapter(state, fixed)
+            layout = Layout(self._layout.shapes, [self._layout.own[k] for k in owners])
+            states = layout.states(layout.views(leaf), len(owners))
+            for k, state in zip(owners, states, strict=True):
+                factors = self._adapters[k](state, self._fixed[k])
                 made.append((factors.A, factors.B, factors.gate or {}))
             if self._sources is None:
                 self._sources = [self._sorted([x[i] for x in made], states, dtype) for i in range(3)]
         result: list[Group] = []
         for i, sources in enumerate(self._sources):
             group = {site: low[leaf_of] for site, leaf_of in sources.leaves.items()}
-            group |= {site: constant[:K] for site, constant in sources.constants.items()}
+            group |= {site: constant[at] for site, constant in sources.constants.items()}
             for site, shape in sources.computed.items():
                 group[site] = pad_stack([x[i][site] for x in made], shape).to(dtype)
             result.append(group)

@@ -66,7 +66,7 @@ def run(model: AdaptedModel, members: Sequence[Member], settings: Settings, t: i
         else SGD(flat, settings.weight_decay, settings.momentum)
     )
     record = Record(members, flat)
-    shared = (model, layout, flat, fixed, fixed_head, scale, compute)
+    shared = (model, layout, flat, factors, fixed_head, scale, compute)
     private = None
     if settings.private is not None:
         private = RowGradients(*shared, settings.private, settings.batch_size, t, part)

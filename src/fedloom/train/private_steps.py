@@ -56,7 +56,7 @@ class RowGradients:
     layout: Layout
     flat: Tensor
     """(K, P), all that the clients train."""
-    fixed: Sequence[State]
+    factors: AdapterStack
     fixed_head: Mapping[str, Tensor]
     scale: Tensor
     """(K, 1, 1)."""
@@ -69,6 +69,8 @@ class RowGradients:
     def __post_init__(self) -> None:
         self._starts: dict[str, bytes] = {}
         self._masks: dict[int, Tensor] = {}
+        # It finds once, of the clients, what it would find of every row in every step.
+        self.factors(self.flat.detach().requires_grad_(), self.compute)
 
     def __call__(self, active: Sequence[Member], step: int) -> Tensor:
         """(K', P) of the active clients."""
@@ -93,9 +95,7 @@ class RowGradients:
         """(R, P): the gradient of each row's loss."""
         at = torch.from_numpy(owner).to(self.flat.device)
         leaf = self.flat[at].detach().requires_grad_()
-        layout = Layout(self.layout.shapes, [self.layout.own[k] for k in owner])
-        stack = AdapterStack([active[k].work.adapter for k in owner], layout, [self.fixed[k] for k in owner])
-        factors, views = stack(leaf, self.compute)
+        factors, views = self.factors(leaf, self.compute, owner.tolist())
         head: Group = {name: x[at] for name, x in self.fixed_head.items()}
         head |= {site: x for (role, site), x in views.items() if role == "head"}
         self.model.put(factors, self.scale[at], head)
