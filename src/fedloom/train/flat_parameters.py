@@ -99,9 +99,7 @@ class AdapterStack:
         self._shortcut = shortcut
         self._sources: list[_Sources] | None = None  # of A, B and gate
 
-    def __call__(
-        self, leaf: Tensor, dtype: torch.dtype, owners: Sequence[int] | None = None
-    ) -> tuple[Factors, Views]:
+    def __call__(self, leaf: Tensor, dtype: torch.dtype, owners: Sequence[int] | None = None) -> tuple[Factors, Views]:
         """The factors and the stacked leaves in `dtype`, from the `leaf` (K, P) of the first K clients: one cast for all.
 
         With `owners`, and not in the first call, row i of the leaf (R, P) is another copy of what client owners[i] trains.
