@@ -15,7 +15,7 @@ from fedloom.errors import ConfigError, RoundError
 from fedloom.loop import federate, one_round
 from fedloom.methods import build
 from fedloom.privacy.client_level import ALL, ClientLevel
-from fedloom.privacy.clip_bound import bit_weight, next_bound, reach
+from fedloom.privacy.clip_bound import bit_weight, check_count, next_bound, reach
 from fedloom.privacy.secure_visits import SecureSimulation, SecureSums
 
 from ..methods.cases import RANK, Rows, ToyTrainer, engine, start
@@ -52,9 +52,10 @@ def test_the_noise_is_split_as_in_the_paper(z: float, n: int, change: float, cou
 
 
 def test_few_clients_cannot_be_counted() -> None:
-    with pytest.raises(ConfigError, match="needs at least 41 clients in a round, got 12"):
-        bit_weight(4.0, 12)
-    assert bit_weight(4.0, 41) > 0 and bit_weight(0.0, 3) == 1.0
+    with pytest.raises(ConfigError, match="needs at least 57 clients in a round, got 12"):
+        check_count(4.0, 12)
+    check_count(4.0, 57)
+    assert bit_weight(4.0, 57) < 1.0 == bit_weight(4.0, 12) == bit_weight(0.0, 3)
 
 
 class Drawn(ToyTrainer):

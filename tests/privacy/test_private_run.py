@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +152,7 @@ def test_clipping_alone_is_no_privacy(settings: Settings, tmp_path: Path) -> Non
         ({"noise_multiplier": 1.0}, "is set without a unit"),
         (CLIENTS | {"delta": 0.0}, "delta"),
         (CLIENTS | {"clip": -1.0}, "clip"),
+        (CLIENTS | {"clip": "adaptif"}, "expected a number above 0, 'auto' or 'adaptive'"),
         (ROWS | {"clip": "adaptive"}, "clip is 'adaptive', which protects clients, and unit is 'example'"),
         (ROWS | {"noise": "clients"}, "noise is 'clients', which protects clients, and unit is 'example'"),
         (CLIENTS | {"noise": "clients"}, "a share of the noise protects nothing that is seen by itself"),
@@ -230,6 +232,22 @@ def test_a_clipping_bound_from_the_servers_rows(settings: Settings, tmp_path: Pa
         plan(run_config(settings(method={"name": "fedit"}, privacy=CLIENTS | {"clip": "auto"})))
 
 
+def test_a_clipping_bound_that_adapts_is_kept_with_the_state(settings: Settings, tmp_path: Path) -> None:
+    """Without noise three clients can be counted: the bound moves by exp(0.2 (1/2 - share within)) a round."""
+    privacy = SHARES | {"clip": "adaptive", "clip_start": 0.01, "noise_multiplier": 0.0}
+    config = settings(method={"name": "fedit"}, train={"rounds": 3}, privacy=privacy)
+    with pytest.raises(KeyboardInterrupt):
+        fedloom.run(config, tmp_path / "run", Crash())
+    rounds = fedloom.resume(tmp_path / "run").rounds[1:]
+    assert [r["report"]["clip_within"] for r in rounds] == pytest.approx([0.0] * 3, abs=1e-9)
+    assert [r["report"]["clip"] for r in rounds] == pytest.approx([0.01 * math.exp(0.1 * t) for t in range(3)])
+
+
+def test_a_grid_too_coarse_for_integer_noise_is_refused(settings: Settings) -> None:
+    with pytest.raises(ConfigError, match=r"steps of it, expected at least 10240: set privacy.bits to 64"):
+        experiment(run_config(settings(method={"name": "fedit"}, privacy=SHARES | {"bits": 32})))
+
+
 def test_few_clients_are_not_counted_under_noise(settings: Settings) -> None:
-    with pytest.raises(ConfigError, match="needs at least 41 clients in a round, got 3"):
+    with pytest.raises(ConfigError, match="needs at least 57 clients in a round, got 3"):
         experiment(run_config(settings(method={"name": "fedit"}, privacy=CLIENTS | {"clip": "adaptive"})))

@@ -34,22 +34,26 @@ def next_bound(bound: float, within: float) -> float:
 
 
 def bit_weight(noise_multiplier: float, clients: int) -> float:
-    """w, the size of a client's bit over C, that gives the count of `clients` bits its noise; 1 without noise.
+    """w, the size of a client's bit over C, that gives the count of `clients` bits its noise; 1 at most, and without noise.
 
-    Raises ConfigError if so few clients would need more noise on the count than the whole release has.
+    Whatever w is, the release costs the same; with few clients the count is noisier than the paper's.
     """
-    if noise_multiplier == 0:
-        return 1.0
     count = 2 * COUNT_NOISE * clients
-    if count <= noise_multiplier:
-        least = math.floor(noise_multiplier / (2 * COUNT_NOISE)) + 1
+    if noise_multiplier == 0 or count <= math.sqrt(2) * noise_multiplier:
+        return 1.0
+    # z_change^2 / z^2 = 1 + w^2, and z_change = 2 w s_bit.
+    return 1 / math.sqrt((count / noise_multiplier) ** 2 - 1)
+
+
+def check_count(noise_multiplier: float, clients: int) -> None:
+    """Raise ConfigError if so few clients are in a round that their count would take half of the noise's power, or more."""
+    least = math.ceil(math.sqrt(2) * noise_multiplier / (2 * COUNT_NOISE))
+    if clients < least:
         raise ConfigError(
             f"privacy.clip = 'adaptive' counts clients within the bound under noise, and with noise_multiplier "
             f"{noise_multiplier:.4g} that needs at least {least} clients in a round, got {clients}: set clip to a number, or "
             "to 'auto' with task.proxy_data"
         )
-    # z_change^2 / z^2 = 1 + w^2, and z_change = 2 w s_bit.
-    return 1 / math.sqrt((count / noise_multiplier) ** 2 - 1)
 
 
 def reach(bound: float, weight: float) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedloom.runs.section import Section
+from fedloom.text import shown
 
 
 class PrivacySection(Section):
@@ -40,6 +41,13 @@ class PrivacySection(Section):
     """Who adds the noise that protects clients; `clients`: each a share, under the secure sum: the server is not trusted."""
     canaries: int = Field(0, ge=0)
     """Training rows that get a random label, each left out by a secret coin: `fedloom audit` bounds epsilon from them."""
+
+    @field_validator("clip", mode="before")
+    @classmethod
+    def _known_clip(cls, clip: Any) -> Any:
+        if isinstance(clip, str) and clip not in ("auto", "adaptive"):
+            raise ValueError(f"got {shown(clip)}, expected a number above 0, 'auto' or 'adaptive'")
+        return clip
 
     @model_validator(mode="after")
     def _noise(self) -> PrivacySection:

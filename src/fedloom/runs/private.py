@@ -14,6 +14,7 @@ from fedloom.data.tokenize import Encoded
 from fedloom.errors import ConfigError
 from fedloom.loop import Limits
 from fedloom.runs.config import RunConfig
+from fedloom.runs.privacy_section import PrivacySection
 from fedloom.simulation import Simulation
 
 
@@ -151,14 +152,28 @@ def check_clients(config: RunConfig, clients: Sequence[Client]) -> None:
             )
     asked = max(1, round(config.clients.fraction * len(clients)))
     if c is not None and c.clipping == "adaptive":
-        from fedloom.privacy.clip_bound import bit_weight
+        from fedloom.privacy.clip_bound import check_count
 
-        bit_weight(noise_multiplier(config, clients), asked)
+        check_count(noise_multiplier(config, clients), asked)
+    if c is not None and c.noise == "clients" and not isinstance(c.clip, str):
+        _check_grid(c, c.clip, asked)
     if c is not None and c.secure_aggregation and asked < c.min_clients:
         raise ConfigError(
             f"privacy.min_clients is {c.min_clients}, but a round asks {asked} clients: no sum would be opened. "
             "Have more clients or a larger clients.fraction"
             + ("" if asked < 2 else f", or set min_clients to {asked} if so small a sum may be seen")
+        )
+
+
+def _check_grid(c: PrivacySection, clip: float, clients: int) -> None:
+    from fedloom.privacy.client_noise import GRID
+    from fedloom.privacy.fixed_point import FixedPoint
+
+    steps = clip * 2.0 ** FixedPoint(clients, c.limit, c.bits).fraction
+    if steps < 10 * GRID:
+        raise ConfigError(
+            f"privacy.noise is 'clients', whole numbers on the secure sum's grid, and privacy.clip is {steps:.3g} steps of it, "
+            f"expected at least {10 * GRID:g}: set privacy.bits to 64, or a smaller privacy.limit"
         )
 
 
