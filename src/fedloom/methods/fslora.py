@@ -31,6 +31,10 @@ class FSLoRA(Over):
     """One index set I per client, round and site, for the columns of B and the rows of A alike; a new one each round.
 
     Aggregation (16)-(17): B <- B + (1/M) sum_k scatter(dB_k), the same for A, over the M clients that reported.
+
+    What to choose (measured, docs/studies.md): the learning rate and alpha that suit FedIT, not larger ones, since a client of
+    rank k trains at r/k times the server's scale; `weights = "examples"` where clients' sizes differ. A row moves only in
+    rounds that draw it: plan two to three times FedIT's rounds, or take FlexLoRA where there are few.
     """
 
     sketch: Literal["uniform", "balanced", "importance"] = "uniform"
