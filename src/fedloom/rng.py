@@ -19,8 +19,8 @@ def seed_of(*key: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator made from a key: see `seed_of`."""
+def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator made from a key: see `seed_of`."""
     import torch
 
-    return torch.Generator().manual_seed(seed_of(*key))
+    return torch.Generator(device).manual_seed(seed_of(*key))

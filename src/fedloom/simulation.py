@@ -258,13 +258,16 @@ class LocalVisits(Generic[Rows]):
 
     def _cohorts(self, jobs: Iterable[Job]) -> Iterator[Generator[Fit, Fitted, list[Answer | Failure]]]:
         stream = iter(jobs)
-        while live := [self._opened(client, received) for client, received in islice(stream, self.engine.cohort)]:
-            cohort = self._cohort(live)
-            del live
+        while group := list(islice(stream, self.engine.cohort)):
+            cohort = self._cohort(group)
+            del group
             yield cohort
             del cohort  # or this frame would keep it while it is trained
 
-    def _cohort(self, live: list[_Open]) -> Generator[Fit, Fitted, list[Answer | Failure]]:
+    def _cohort(self, group: list[Job]) -> Generator[Fit, Fitted, list[Answer | Failure]]:
+        # Visits begin here: a cohort that is dropped before it is trained has none that was never awaited.
+        live = [self._opened(client, received) for client, received in group]
+        del group
         done: dict[str, Answer | Failure] = {}
         order = [one.client.id for one in live]
         try:

@@ -5,6 +5,7 @@ Every training is compared with the plainest one, of one client at a time on the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,9 @@ from fedloom.models.huggingface import (
 from fedloom.models.peft import whole_blocks, write_adapter
 from fedloom.models.probe import probe
 from fedloom.state import State
+from fedloom.train.kernels.lora_linear import FusedLayers
+from fedloom.train.kernels.packed_inputs import Packer
+from fedloom.train.lora_linear import find_layers
 from fedloom.train.optim import Settings
 from fedloom.train.trainer import Trainer
 
@@ -95,6 +99,25 @@ OTHER: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "canine": {"downsampling_rate": 2, "num_hash_buckets": 16},
+    "llama 3.2": {
+        "tie_word_embeddings": True,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "nemotron_h": {
+        "head_dim": 4,
+        "hybrid_override_pattern": "M*",
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 4,
+        "ssm_state_size": 4,
+        "n_groups": 1,
+    },
     "layoutlm": {"max_2d_position_embeddings": 4},
 }
 
@@ -105,7 +128,7 @@ CLASSIFIERS = (
 DECODERS = (
     *("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "opt"),
     *("mixtral", "qwen3_moe", "gpt_oss", "gpt_neox", "olmo2", "falcon", "bloom", "starcoder2", "granite", "cohere"),
-    *("glm", "deepseek_v2", "deepseek_v3", "mamba"),
+    *("glm", "deepseek_v2", "deepseek_v3", "mamba", "llama 3.2"),
 )
 MORE_CLASSIFIERS = (
     *("layoutlm", "esm", "convbert", "camembert", "mpnet", "ernie", "roformer", "rembert", "fnet"),
@@ -113,7 +136,7 @@ MORE_CLASSIFIERS = (
 )
 MORE_DECODERS = (
     *("gptj", "gpt_neo", "gpt_bigcode", "mpt", "codegen", "stablelm", "llama4_text", "rwkv", "biogpt", "xglm", "ctrl"),
-    *("helium", "olmo", "cohere2", "qwen2_moe", "seed_oss", "glm4", "phimoe"),
+    *("helium", "olmo", "cohere2", "qwen2_moe", "seed_oss", "glm4", "phimoe", "nemotron_h"),
 )
 # These call no block of transformers' that can be computed again.
 NO_CHECKPOINTING = ("albert", "mpnet", "flaubert", "ctrl")
@@ -121,7 +144,8 @@ TOLERANCE = 2e-5
 
 
 def made(name: str, kind: Kind) -> Any:
-    config = AutoConfig.for_model(name, **(SMALL | OTHER.get(name, {})))
+    one = {"num_labels": 1, "problem_type": "regression"} if kind == "regression" else {}
+    config = AutoConfig.for_model(name.partition(" ")[0], **(SMALL | OTHER.get(name, {}) | one))
     auto: Any = AutoModelForCausalLM if kind == "causal-lm" else AutoModelForSequenceClassification
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -141,7 +165,9 @@ def rows(kind: Kind, length: int, seed: int) -> Encoded:
         offsets=np.concatenate(([0], np.cumsum(lengths))),
         pad_id=0,
         kind=kind,
-        targets=None if kind == "causal-lm" else rng.integers(0, 3, 4),
+        targets={"classification": rng.integers(0, 3, 4), "regression": rng.normal(size=4).astype(np.float32)}.get(
+            kind
+        ),
         starts=lengths // 2 if kind == "causal-lm" else None,
     )
 
@@ -175,6 +201,16 @@ def trained(
         return [trainer.fit([w], [d], 1)[0].state for w, d in zip(works, data, strict=True)]
 
 
+def packs(model: nn.Module, kind: Kind, sites: list[str]) -> bool:
+    """Whether batches go without padding."""
+    fused = FusedLayers.of(model, find_layers(model, sites))
+    if fused is None:
+        return False
+    packer = Packer.of(model, kind, fused)
+    fused.part()
+    return packer is not None
+
+
 def distance(one: State, two: State) -> float:
     return max(float((x - two[role][site]).abs().max()) for role, group in one.items() for site, x in group.items())
 
@@ -191,7 +227,19 @@ def logits_in_peft(model: Any, weights: dict[str, Tensor], path: Path, data: Enc
     return logits[batch.attention_mask.bool()] if data.kind == "causal-lm" else logits
 
 
-def check(name: str, kind: Kind, length: int, tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Outcome:
+    """What a check found: distances are largest absolute differences of trained tensors, or of logits."""
+
+    targets: list[str]
+    packed: bool
+    together: bool
+    checkpointing: bool
+    from_plain: float
+    from_peft: float
+
+
+def check(name: str, kind: Kind, length: int, path: Path) -> Outcome:
     model = made(name, kind)
     weights = {key: x.clone() for key, x in model.state_dict().items()}
     targets = default_targets(model)
@@ -201,14 +249,16 @@ def check(name: str, kind: Kind, length: int, tmp_path: Path) -> None:
     plain = trained(model, work, data, together=False, kernels="off")
     assert distance(plain[0], work.train) > 1e-5
     checkpointing = name not in NO_CHECKPOINTING
-    for one, two in zip(plain, trained(model, work, data, together=together), strict=True):
-        assert distance(one, two) < TOLERANCE
-    if checkpointing:
-        for one, two in zip(plain, trained(model, work, data, together=together, checkpointing=True), strict=True):
-            assert distance(one, two) < TOLERANCE
+    packed = packs(model, kind, list(work.train["A"]))
+    assert packed == (kind in getattr(family_of(model), "packs", ()))
+    from_plain = 0.0
+    for again in (False, True) if checkpointing else (False,):
+        states = trained(model, work, data, together=together, checkpointing=again)
+        from_plain = max(from_plain, *(distance(one, two) for one, two in zip(plain, states, strict=True)))
+    assert from_plain < TOLERANCE
     A, B, head = (plain[0].get(role, {}) for role in ("A", "B", "head"))
     write_adapter(
-        tmp_path,
+        path,
         A=A,
         B=B,
         alpha=4.0,
@@ -225,15 +275,21 @@ def check(name: str, kind: Kind, length: int, tmp_path: Path) -> None:
     with Trainer(model, list(A), head_modules(model)) as trainer, torch.no_grad(), trainer.loaded(after, data[0]) as m:
         ours = m(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     ours = ours[batch.attention_mask.bool()] if kind == "causal-lm" else ours
-    theirs = logits_in_peft(model, weights, tmp_path, data[0])
+    theirs = logits_in_peft(model, weights, path, data[0])
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(x, weights[key]) for key, x in model.state_dict().items())  # given back as it was
+    return Outcome(targets, packed, together, checkpointing, from_plain, float((ours - theirs).abs().max()))
 
 
 @pytest.mark.parametrize("length", [9, 100], ids=["short", "long"])
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_classifiers(name: str, length: int, tmp_path: Path) -> None:
     check(name, "classification", length, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["xlm-roberta", "modernbert"])
+def test_regression(name: str, tmp_path: Path) -> None:
+    check(name, "regression", 9, tmp_path)
 
 
 @pytest.mark.parametrize("length", [9, 100], ids=["short", "long"])
@@ -267,6 +323,28 @@ def test_every_name_in_a_record_is_one_of_the_model(name: str) -> None:
     siblings = {layer for group in family.siblings for layer in group}
     assert not siblings or siblings & names
     assert not family.reader or family.reader in names
+
+
+def test_default_targets_are_those_of_peft() -> None:
+    """Of every text model that PEFT names; of phi, LoRA's own two, of deepseek's kin nothing is said there."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as THEIRS
+
+    # Encoder-decoders are refused, those with images are no text models, and of the rest transformers has no code.
+    apart = {
+        "t5",
+        "mt5",
+        "bart",
+        "blip-2",
+        "llama4",
+        "gemma4",
+        "chatglm",
+        "RefinedWebModel",
+        "RefinedWeb",
+        "btlm",
+        "rwkv7",
+    }
+    for name in THEIRS.keys() - apart - {"phi"}:
+        assert FAMILIES[name].targets == tuple(THEIRS[name]), name
 
 
 def test_recomputing_is_refused_before_training() -> None:

@@ -70,6 +70,10 @@ FAMILIES = {
     **dict.fromkeys(
         ("deepseek_v2", "deepseek_v3"), Family(targets=("q_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"))
     ),
+    "layoutlm": Family(targets=("query", "value"), siblings=(("query", "key", "value"),)),
+    "llama4_text": Family(targets=_LLAMA.targets, siblings=(_QKV,)),
+    "rwkv": Family(targets=("key", "value", "receptance", "output")),
+    "nemotron_h": Family(targets=("q_proj", "k_proj", "v_proj", "o_proj")),
     "mamba": Family(targets=("in_proj", "x_proj")),
 }
 """`config.model_type` -> its record."""

@@ -1,8 +1,8 @@
 """What training takes of a device's memory, told beforehand, and how many clients therefore train in one pass.
 
-Of a token, autograd keeps the input and output of about every linear layer, and where logits are made, them and their softmax
-in float32. Of Qwen2.5-0.5B that is 1.1 MB a token and 2.1 MB an answer token, of Llama-3.2-1B 1.4 and 1.8; measured peaks of
-4,096 and 2,048 tokens, a part of them answers, were 1.5 and 2.0 MB a token.
+Of a token, autograd keeps the input and output of about every linear layer, and where logits are made, them and their
+gradient: of Qwen2.5-0.5B 1.1 MB a token and 0.6 MB an answer token, of Llama-3.2-1B 1.4 and 0.5. Peaks of 4,096 and 2,048
+tokens, a part of them answers, were 1.5 and 2.0 MB a token, measured when the loss held all logits in float32.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def memory(
     adapter = 4 * 4 * trained  # float32: parameters, gradients and two moments
     return Memory(
         base=sum(x.numel() for x in model.parameters()) * size,
-        client=tokens * widths * size + answers * vocabulary * (12 + size) + adapter,
+        client=tokens * widths * size + answers * vocabulary * 2 * size + adapter,
     )
 
 

@@ -134,22 +134,23 @@ class Trainer:
         """Loss and predictions, row by row, of the model that `work` describes."""
         rows = np.argsort(data.lengths, kind="stable")
         size = batch_size or 8 * self.settings.batch_size
-        total, count = 0.0, 0.0
+        told: list[Tensor] = []
         found: list[Tensor] = []
-        # No inference mode: a cast made in it could not be trained on.
-        with torch.no_grad(), self.loaded(work, data):
+        # No inference mode: a cast made in it could not be trained on. Nothing waits for the device but its end.
+        with torch.no_grad(), Loaded(self._model, work, data, pack=True):
             for first in range(0, len(rows), size):
                 parts = [(data, rows[first : first + size])]
                 wanted = targets(parts)
                 logits = self._model.logits(parts, wanted)
                 sums, counts = summed_losses(data.kind, logits, wanted.to(self._model.device))
-                total, count = total + float(sums), count + float(counts)
+                told.append(torch.stack((sums, counts)))
                 if data.kind != "causal-lm":
-                    found.append(logits.to(torch.promote_types(logits.dtype, torch.float32)).cpu())
+                    found.append(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        total, count = torch.cat(told, 1).sum(1).tolist() if told else (0.0, 0.0)
         loss = total / count if count else math.nan
         if not found:
             return Evaluation(loss, int(count))
-        sorted_logits = torch.cat(found)
+        sorted_logits = torch.cat(found).cpu()
         logits = torch.empty_like(sorted_logits).index_copy_(0, torch.from_numpy(rows), sorted_logits)
         predictions = logits.argmax(1) if data.kind == "classification" else logits.squeeze(1)
         return Evaluation(loss, int(count), logits, predictions)
@@ -192,17 +193,19 @@ class Trainer:
 
 
 class Loaded:
-    """A context that holds one client's adapter, head and offset on the model, as constants."""
+    """A context that holds one client's adapter, head and offset on the model, as constants.
 
-    def __init__(self, model: AdaptedModel, work: Work, data: Encoded) -> None:
-        self._model, self._work, self._data = model, work, data
+    With `pack` it is fed by `AdaptedModel.logits` alone, without padding where the architecture allows; else as any other.
+    """
+
+    def __init__(self, model: AdaptedModel, work: Work, data: Encoded, pack: bool = False) -> None:
+        self._model, self._work, self._data, self._pack = model, work, data, pack
 
     def __enter__(self) -> nn.Module:
         model, work = self._model, self._work
         dtype = local_steps.state_dtype([work])
         kernels = not local_steps.gate_shape(work)
-        # Padded, as anybody calls the model.
-        compute = model.ready(dtype, work.base, [self._data], kernels=kernels, pack=False)
+        compute = model.ready(dtype, work.base, [self._data], kernels=kernels, pack=self._pack and kernels)
         layout, flat = flatten([work.train], dtype, model.device)
         fixed = [local_steps.moved(work.fixed, dtype, model.device)]
         factors, views = AdapterStack([work.adapter], layout, fixed)(flat, compute)

@@ -46,8 +46,9 @@ class Bucket:
     """(R, L') int64: token index into N; padding repeats the row's first."""
     valid: Tensor
     """(R, L') bool: which of those a row attends to. A padding row is a copy of another."""
-    real: Tensor
-    """(R, L') bool: `valid` without padding rows, so that each token is there once."""
+    real: NDArray[np.bool_]
+    """(R, L') `valid` without padding rows, so that each token is there once. It stays on the host: what is counted there need
+    not be waited for."""
 
 
 def _once(make: Callable[Concatenate[Packing, P], Tensor]) -> Callable[Concatenate[Packing, P], Tensor]:
@@ -95,7 +96,7 @@ class Packing:
             token_type_ids=None if self.token_type_ids is None else self.token_type_ids.to(device),
             first=self.first.to(device),
             segments=None if segments is None else segments.to(device),
-            buckets=[Bucket(x.spread.to(device), x.valid.to(device), x.real.to(device)) for x in self.buckets],
+            buckets=[Bucket(x.spread.to(device), x.valid.to(device), x.real) for x in self.buckets],
             _made={},
         )
 
@@ -119,7 +120,7 @@ class Packing:
     def collect_index(self, heads: int) -> Tensor:
         """(N * heads,): the way back from `row_index`, index into the buckets' M vectors."""
         source = self.row_index(heads, 1)
-        there = torch.nonzero(self._real(heads)).squeeze(1)
+        there = torch.from_numpy(np.flatnonzero(self._real(heads))).to(source.device)
         # A padding token reads the first vector.
         back = torch.zeros(self.input_ids.shape[1] * heads, dtype=torch.int64, device=source.device)
         return back.index_copy_(0, source[there], there)
@@ -133,7 +134,7 @@ class Packing:
     @_once
     def padding_index(self, heads: int) -> Tensor:
         """(P,): those of the buckets' vectors that are padding."""
-        return torch.nonzero(~self._real(heads)).squeeze(1)
+        return torch.from_numpy(np.flatnonzero(~self._real(heads))).to(self.first.device)
 
     @_once
     def mask(self, i: int, heads: int, dtype: torch.dtype) -> Tensor:
@@ -143,8 +144,9 @@ class Packing:
         allowed = valid.new_ones(L, L).tril() if self.causal else valid.repeat_interleave(heads, 0).unsqueeze(1)
         return torch.zeros(allowed.shape, dtype=dtype, device=valid.device).masked_fill_(~allowed, -torch.inf)
 
-    def _real(self, heads: int) -> Tensor:
-        return torch.cat([x.real.unsqueeze(1).expand(-1, heads, -1).flatten() for x in self.buckets])
+    def _real(self, heads: int) -> NDArray[np.bool_]:
+        """(M,): which of the buckets' vectors are tokens."""
+        return np.concatenate([np.repeat(x.real[:, None], heads, 1).ravel() for x in self.buckets])
 
 
 def pack_rows(parts: Sequence[ClientRows], causal: bool, few_shapes: bool = False) -> Packing:
@@ -224,7 +226,7 @@ def _bucket(rows: list[int], L: int, first: NDArray[np.int64], lengths: NDArray[
     spread = first[chosen, None] + np.where(valid, np.arange(L), 0)
     real = valid.copy()
     real[len(rows) :] = False
-    return Bucket(torch.from_numpy(spread), torch.from_numpy(valid), torch.from_numpy(real))
+    return Bucket(torch.from_numpy(spread), torch.from_numpy(valid), real)
 
 
 def _segments(counts: NDArray[np.int64], idle: int, few_shapes: bool) -> Segments | None:
