@@ -38,7 +38,7 @@ class _CrossEntropy(torch.autograd.Function):
         return found, None
 
 
-_cross_entropy: Any = _CrossEntropy.apply  # torch leaves `apply` untyped
+cross_entropy: Any = _CrossEntropy.apply  # torch leaves `apply` untyped
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def summed_losses(kind: Kind, logits: Tensor, targets: Targets) -> tuple[Tensor,
         values = logits.squeeze(-1).to(torch.promote_types(logits.dtype, torch.float32))
         each = F.mse_loss(values, targets.labels.to(values.dtype), reduction="none")
     else:
-        each = _cross_entropy(logits, targets.labels)
+        each = cross_entropy(logits, targets.labels)
     zeros = torch.zeros(targets.K, dtype=torch.float64, device=logits.device)
     ones = torch.ones_like(each, dtype=torch.float64)
     return zeros.index_add(0, targets.owner, each.double()), zeros.index_add(0, targets.owner, ones)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedloom.core import Client, Trained, Work
 from fedloom.data.batches import Encoded, schedule, targets
@@ -21,7 +20,7 @@ from fedloom.train import local_steps, private_steps
 from fedloom.train.adapted_model import AdaptedModel, KernelChoice
 from fedloom.train.attention import AttentionName
 from fedloom.train.flat_parameters import AdapterStack, flatten
-from fedloom.train.loss import summed_losses
+from fedloom.train.loss import cross_entropy, summed_losses
 from fedloom.train.optim import Settings
 
 
@@ -160,12 +159,12 @@ class Trainer:
         size = batch_size or 8 * self.settings.batch_size
         rows = np.argsort(data.lengths, kind="stable")
         found = np.zeros(len(data))
-        with torch.no_grad(), self.loaded(work, data):
+        with torch.no_grad(), Loaded(self._model, work, data, pack=True):
             for first in range(0, len(rows), size):
                 chosen = rows[first : first + size]
                 wanted = targets([(data, chosen)])
                 logits = self._model.logits([(data, chosen)], wanted)
-                each = F.cross_entropy(logits.float(), wanted.labels.to(logits.device), reduction="none").double().cpu()
+                each = cross_entropy(logits, wanted.labels.to(logits.device)).double().cpu()
                 found[chosen] = -torch.zeros(len(chosen), dtype=each.dtype).index_add_(0, wanted.row, each).numpy()
         return found
 
