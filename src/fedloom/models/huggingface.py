@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import nn
 from fedloom.data import hub, packaged
 from fedloom.data.batches import Kind as Kind
 from fedloom.errors import ModelError, nearest
-from fedloom.models import weights
+from fedloom.models import quantised, weights
+from fedloom.models.quantised import Quantization as Quantization
 from fedloom.models.targets import all_linear as all_linear
 from fedloom.models.targets import check_rank as check_rank
 from fedloom.models.targets import check_sites as check_sites
@@ -44,6 +45,8 @@ class Base:
     """Hash of the weight files."""
     head_weights: Group
     """The head's parameters by full name, (out, in) and (out,), float32 on the CPU."""
+    quantization: str | None = None
+    """How its layers are quantised: by fedloom, or as the checkpoint says."""
 
 
 def load_base(
@@ -55,13 +58,15 @@ def load_base(
     device: torch.device | str = "cpu",
     seed: int = 0,
     attention: str | None = None,
+    quantization: Quantization | None = None,
 ) -> Base:
     """Load a packaged name, a local directory or a hub id for a task, frozen and in eval mode, with a padding token.
 
     Weights are read in `dtype` straight to `device`: of a file of that dtype there is one copy in memory, on a CPU the file's
     own pages. The head is float32 in `Base.head_weights` all the same. A new one is drawn from `seed` alone; torch's global
-    generator is left as it was. `attention` is transformers' `attn_implementation`. Raises ModelError if there is no such
-    model or it does not fit the task, HubError if it is only on a hub that cannot be reached.
+    generator is left as it was. `attention` is transformers' `attn_implementation`. With `quantization` every linear layer but
+    the heads is coded, one after the other, on its way to the device. Raises ModelError if there is no such model or it does
+    not fit the task, HubError if it is only on a hub that cannot be reached.
     """
     source = resolve(name)
     known = packaged.MODELS
@@ -75,33 +80,70 @@ def load_base(
         import transformers
 
         torch.manual_seed(seed_of(seed, "load"))
-        _check_architecture(transformers.AutoConfig.from_pretrained(source), name, kind)
+        config = transformers.AutoConfig.from_pretrained(source)
+        _check_architecture(config, name, kind)
+        coded = quantised.method(config)
+        if coded and quantization:
+            raise ModelError(
+                f"model {name!r} is quantised already ({coded}): take model.quantization out of the run file"
+            )
         loader: Any = transformers.AutoModelForCausalLM
         options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
         if kind != "causal-lm":
             loader = transformers.AutoModelForSequenceClassification
             problem = "regression" if kind == "regression" else "single_label_classification"
             options |= {"num_labels": num_labels, "problem_type": problem, "ignore_mismatched_sizes": True}
-        if torch.device(device).type != "cpu":
+        if torch.device(device).type != "cpu" and quantization is None:
             options["device_map"] = {"": str(device)}
         if attention is not None:
             options["attn_implementation"] = attention
         if local:
             weights.weight_files(Path(source))  # of a hub id they are not here yet
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source)
-        loaded: Any = loader.from_pretrained(source, **options)
-        model, info = loaded
+        model, info = _loaded(loader, source, options, name, coded)
         digest = packaged.weights_sha256(name) if name in known and local else weights.sha256(_directory(source))
         directory = _directory(source)
+    quantised.take_over(model)
     check_usable(name, model, tokenizer)
     head = head_modules(model)
+    _check_head(model, head, name)
     for module in head:  # trained in float32, whatever the base's dtype
         model.get_submodule(module).float()
     if head and dtype != torch.float32:
         _restore_head(model, head, directory)
     fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     _draw(model, fresh, head, seed, name, kind)
-    return _frozen(model, tokenizer, source, digest, dtype)
+    if quantization is not None:
+        vocabulary = model.get_output_embeddings()
+        keep = {*head, *(key for key, module in model.named_modules() if module is vocabulary)}
+        quantised.quantise(model, quantization, keep, device)
+        digest = hashlib.sha256(f"{digest} {quantised.settings(quantization)}".encode()).hexdigest()
+    return replace(_frozen(model, tokenizer, source, digest, dtype), quantization=quantization or coded)
+
+
+def _loaded(loader: Any, source: str, options: dict[str, Any], name: str, coded: str | None) -> tuple[Any, Any]:
+    """(model, loading info)."""
+    if coded and "bitsandbytes" in coded:
+        quantised.bitsandbytes()
+    try:
+        model, info = loader.from_pretrained(source, **options)
+    except ImportError as error:
+        if coded is None:
+            raise
+        raise ModelError(
+            f"model {name!r} is quantised ({coded}), and what reads that is not installed: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return model, info
+
+
+def _check_head(model: nn.Module, head: Iterable[str], name: str) -> None:
+    for module in head:
+        layer = model.get_submodule(module)
+        if not quantised.is_plain(layer):
+            raise ModelError(
+                f"the task head of model {name!r} ({module}) is quantised, and it is trained whole: expected one in full "
+                "precision; quantise the model again with llm_int8_skip_modules naming it"
+            )
 
 
 def adopt(model: nn.Module, tokenizer: Any, *, kind: Kind, num_labels: int = 1) -> Base:
@@ -129,7 +171,10 @@ def adopt(model: nn.Module, tokenizer: Any, *, kind: Kind, num_labels: int = 1) 
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
         digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     name = str(config.name_or_path or type(model).__name__)
-    return _frozen(model, tokenizer, name, digest.hexdigest(), next(model.parameters()).dtype)
+    quantised.take_over(model)
+    _check_head(model, head_modules(model), name)
+    dtype = next(x.dtype for x in model.parameters() if x.is_floating_point())
+    return replace(_frozen(model, tokenizer, name, digest.hexdigest(), dtype), quantization=quantised.method(config))
 
 
 def _frozen(model: Any, tokenizer: Any, source: str, digest: str, dtype: torch.dtype) -> Base:

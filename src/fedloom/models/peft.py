@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedloom import lora
 from fedloom.errors import ModelError
+from fedloom.models import quantised
 from fedloom.models.huggingface import Kind, is_conv1d, quiet
 from fedloom.state import Group, State
 
@@ -141,10 +142,14 @@ def merge(
 
     `offset` has the roles of `Work.base`: `left` (out, q) and `right` (q, in), or `left` alone, dense. The model given stays
     as it is; `labels` are named in the configuration written. Sums are taken in float32 at least, and stored in the base's
-    dtype. Raises ModelError for a site or parameter that the model lacks.
+    dtype; what is written is never quantised. Raises ModelError for a site or parameter that the model lacks, and for a base
+    quantised by another library than bitsandbytes.
     """
-    weights: dict[str, Tensor] = dict(base_model.state_dict())
     modules = dict(base_model.named_modules())
+    dtype = next(x.dtype for x in base_model.parameters() if x.is_floating_point())
+    weights: dict[str, Tensor] = dict(base_model.state_dict())
+    for name, layer in quantised.quantised(base_model).items():
+        weights[f"{name}.weight"] = quantised.stored(layer, dtype)
     for site in sorted({*A, *offset.get("left", {})}):
         if site not in modules:
             raise ModelError(
@@ -160,13 +165,15 @@ def merge(
             right = offset.get("right", {}).get(site)
             change = change + (left if right is None else left @ right.to(wide))
         change = change.to(W.device)
-        weights[f"{site}.weight"] = (W.to(wide) + (change.T if is_conv1d(modules[site]) else change)).to(W.dtype)
+        turned = is_conv1d(modules[site]) or getattr(modules[site], "turned", False)
+        weights[f"{site}.weight"] = (W.to(wide) + (change.T if turned else change)).to(W.dtype)
     for name, x in (head or {}).items():
         if name not in weights:
             raise ModelError(f"the adapter has a parameter {name!r} that this {type(base_model).__name__} lacks")
         weights[name] = x.to(weights[name])
     model: Any = base_model
     before = model.config.id2label, model.config.label2id
+    coded = model.config.__dict__.pop("quantization_config", None)
     try:
         if labels:
             model.config.id2label = dict(enumerate(labels))
@@ -177,6 +184,8 @@ def merge(
                 tokenizer.save_pretrained(str(dest))
     finally:
         model.config.id2label, model.config.label2id = before
+        if coded is not None:
+            model.config.quantization_config = coded
 
 
 def whole_blocks(model: nn.Module, head: Group) -> Group:

@@ -10,6 +10,7 @@ from torch import nn
 from fedloom.errors import ConfigError, ModelError, nearest
 from fedloom.models.families import family_of, model_type
 from fedloom.models.probe import probe
+from fedloom.models.quantised import coded_shape
 from fedloom.state import Sites
 
 _STATE_SPACE = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
@@ -129,6 +130,8 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
         elif is_conv1d(layer):
             n, m = layer.get_parameter("weight").shape
             yield name, (int(m), int(n))
+        elif (shape := coded_shape(layer)) is not None:
+            yield name, shape
 
 
 def _matches(name: str, target: str) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fedloom.errors import ConfigError, ModelError
+from fedloom.models.quantised import not_finite
 
 
 def check_usable(name: str, model: Any, tokenizer: Any) -> None:
@@ -26,12 +27,18 @@ def check_usable(name: str, model: Any, tokenizer: Any) -> None:
             f"the tokenizer of {name!r} has tokens up to number {last}, and the model {embeddings.num_embeddings} "
             "embeddings: expected the tokenizer that the model was trained with"
         )
+    if (key := not_finite(model)) is not None:
+        raise _damaged(name, key)
     for key, x in model.named_parameters():
         # A sum is finite only if all are: the exact look is for those few whose sum is not.
         if x.is_floating_point() and not torch.isfinite(x.sum(dtype=torch.float32)) and not torch.isfinite(x).all():
-            raise ModelError(
-                f"the weights of {name!r} are not finite ({key} has a NaN or an infinite number): get the files again"
-            )
+            raise _damaged(name, key)
+
+
+def _damaged(name: str, key: str) -> ModelError:
+    return ModelError(
+        f"the weights of {name!r} are not finite ({key} has a NaN or an infinite number): get the files again"
+    )
 
 
 def positions(model: Any) -> int | None:

@@ -28,6 +28,8 @@ class ModelSection(Section):
     """Packaged name ("minilm", "smollm2"), local directory, or hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base; adapters are float32. `auto`: bfloat16 where the processor or GPU has it."""
+    quantization: Literal["nf4", "nf4-double", "int8"] | None = None
+    """Of the base's linear layers, the heads apart, with bitsandbytes' codes: a weight takes 4.5, 4.1 or 8 bits."""
     device: str = "auto"
     """Where it is trained: `cpu`, `cuda`, or one GPU of several, such as `cuda:3`. `auto`: a GPU if there is one."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"

@@ -23,7 +23,7 @@ from fedloom.data.metrics import NEEDS_TEXT
 from fedloom.data.tokenize import Encoded, encode_causal, encode_labelled
 from fedloom.errors import ConfigError, ModelError
 from fedloom.flows import rehearse
-from fedloom.models import huggingface, identity
+from fedloom.models import huggingface, identity, quantised
 from fedloom.models.dtypes import auto_dtype
 from fedloom.models.usable import row_length
 from fedloom.rng import generator
@@ -144,10 +144,7 @@ class Experiment:
         """The server's first state, head included: a function of the seed and the frozen weights."""
 
         def weight(site: str) -> Tensor:
-            found = self.base.model.get_submodule(site).weight
-            assert isinstance(found, Tensor)
-            found = found.detach().to("cpu", torch.float32)
-            return found.T if self.transposed else found
+            return quantised.dense(self.base.model.get_submodule(site))
 
         return self.method.init_from(self.sites, generator(self.config.seed, "init"), weight) | self.head
 
@@ -184,7 +181,7 @@ class Experiment:
         asked = self.config.engine.cohort
         if asked != "auto":
             return asked
-        size = sum(x.numel() for x in self.base.model.parameters())
+        size = quantised.parameters(self.base.model)
         tokens = self.config.train.batch_size * max(1.0, float(self.rows.train.lengths.mean()))
         if (at := self.elsewhere) is None:
             return memory.cohort(self.memory, size, tokens, self.device, memory.free(self.device))
@@ -252,6 +249,8 @@ def experiment(
         raise ModelError(
             "the model of this run was given in Python: give it to fedloom.resume, too (model=..., tokenizer=...)"
         )
+    if given.model is not None and c.model.quantization is not None:
+        raise ConfigError("model.quantization is set, but the model was given in Python: load it quantised, and remove it")
     if base is None and given.model is not None:
         base = huggingface.adopt(given.model, given.tokenizer, kind=c.task.kind, num_labels=labels)
     base = base or base_of(c, labels, device, dtype)
@@ -263,7 +262,8 @@ def experiment(
     together = huggingface.check_sites(base.model, sites)
     huggingface.check_rank(sites, planned.method.rank)
     head = dict(base.head_weights)
-    transposed = any(huggingface.is_conv1d(base.model.get_submodule(site)) for site in sites)
+    layers = [base.model.get_submodule(site) for site in sites]
+    transposed = any(huggingface.is_conv1d(x) or getattr(x, "turned", False) for x in layers)
     return Experiment(
         plan=planned,
         tables=table,
@@ -313,7 +313,13 @@ def dtype_of(config: RunConfig, device: torch.device) -> torch.dtype:
 def base_of(config: RunConfig, labels: int, device: torch.device, dtype: torch.dtype) -> huggingface.Base:
     """The base model that the configuration names, with a head of so many labels."""
     return huggingface.load_base(
-        config.model.name, kind=config.task.kind, num_labels=labels, dtype=dtype, device=device, seed=config.seed
+        config.model.name,
+        kind=config.task.kind,
+        num_labels=labels,
+        dtype=dtype,
+        device=device,
+        seed=config.seed,
+        quantization=config.model.quantization,
     )
 
 

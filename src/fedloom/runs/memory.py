@@ -14,6 +14,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fedloom.models import quantised
+from fedloom.train.lora_linear import shape_of
+
 TOKENS_AT_ONCE = 4096
 """What one pass over the base holds at most: enough to fill a processor."""
 
@@ -47,17 +50,15 @@ def memory(
     config = getattr(model, "config", None)
     embeddings = getattr(model, "get_output_embeddings", None)
     head = None if embeddings is None else embeddings()
-    widths = sum(
-        sum(x.shape)
-        for x in (m.weight for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head)
-    )
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+    widths = sum(sum(shape_of(m)) for m in layers)
     if checkpointing:  # the input of every block, and one block's inside
         blocks = max(1, int(getattr(config, "num_hidden_layers", 1)))
         widths = widths // blocks + blocks * int(getattr(config, "hidden_size", 0))
     vocabulary = 0 if head is None else int(getattr(config, "vocab_size", 0))
     adapter = 4 * 4 * trained  # float32: parameters, gradients and two moments
     return Memory(
-        base=sum(x.numel() for x in model.parameters()) * size,
+        base=quantised.bytes_of(model, dtype),
         client=tokens * widths * size + answers * vocabulary * 2 * size + adapter,
     )
 

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.errors import ModelError, nearest
+from fedloom.models.quantised import coded_shape
 
 Offset = tuple[Tensor, Tensor | None]
 """left (out, q) and right (q, in), or a dense (out, in) and None: what is added to a frozen weight."""
@@ -121,6 +122,8 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
         return layer.nf, layer.nx
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
+    if (shape := coded_shape(layer)) is not None:
+        return shape
     raise ModelError(
         f"a layer to adapt is a {type(layer).__name__}, expected nn.Linear or Conv1D: name linear layers in targets"
     )

@@ -43,7 +43,8 @@ def test_one_layer_equals_the_readable_one(index: int, shared: str, rank: int) -
     wanted = base(x)
     hooked.detach()
     weight = base.get_parameter("weight")
-    frozen = Frozen(weight.T if isinstance(base, Conv1D) else weight, base.bias, [out], [offsets.get("x")])  # type: ignore[arg-type]
+    dense = weight.T if isinstance(base, Conv1D) else weight
+    frozen = Frozen(lambda dtype: [dense], [base.bias], [out], [offsets.get("x")])  # type: ignore[list-item]
     (made,) = lora_matmul(x, frozen, [adapter], None)
     torch.testing.assert_close(made, wanted, rtol=0, atol=1e-12)
     probe = torch.randn_like(wanted)

@@ -6,7 +6,7 @@ Each layer's `forward` is replaced by one that multiplies its weight and the ada
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.models.families import Family, family_of
+from fedloom.models.quantised import QuantisedLinear, is_plain
 from fedloom.train.kernels.lora_matmul import Frozen, Segments, lora_matmul
 from fedloom.train.lora_linear import Adapter, Dropout, Offset, shape_of
 
@@ -39,8 +40,14 @@ class LoRALinear:
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight, (out, in); of Conv1D (in, out)."""
+        """The frozen weight, (out, in); of Conv1D (in, out), of a quantised layer its codes."""
         return self.base.get_parameter("weight")
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The frozen weight (out, in); of a quantised layer made anew, and valid until the next one is."""
+        if isinstance(self.base, QuantisedLinear):
+            return self.base.dense(dtype)
+        return self.weight.T if isinstance(self.base, Conv1D) else self.weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -53,17 +60,20 @@ class LoRALinear:
         """x (K * b, ..., in) -> (K * b, ..., out), or (1, N, in) -> (1, N, out) with the step's segments."""
         if self.siblings is not None:
             return self.siblings(self, x)
-        weight = self.weight.T if isinstance(self.base, Conv1D) else self.weight
-        frozen = Frozen(weight, self.bias, [self.out_features], [self.offset])
+        frozen = Frozen(lambda dtype: [self.dense(dtype)], [self.bias], [self.out_features], [self.offset])
         return lora_matmul(x, frozen, [self.adapter], self.step.segments)[0]
 
 
 class Siblings:
-    """Layers with the same input, such as query, key and value: computed together when the model calls the first of them."""
+    """Layers with the same input, such as query, key and value: computed together when the model calls the first of them.
+
+    Dense weights become one. Those of quantised layers stay apart and are made dense one after the other.
+    """
 
     def __init__(self, layers: Sequence[LoRALinear]) -> None:
         self._layers = layers
         self._outs = [layer.out_features for layer in layers]
+        self._apart = any(isinstance(layer.base, QuantisedLinear) for layer in layers)
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         self._x: weakref.ref[Tensor] | None = None
@@ -73,7 +83,9 @@ class Siblings:
             layer.siblings = self
 
     def join(self) -> None:
-        """Fuse the weights into one, of which the layers' own become views, unless they are."""
+        """Fuse dense weights into one, of which the layers' own become views, unless they are."""
+        if self._apart:
+            return
         if self._weight is not None:
             ours = self._weight.untyped_storage().data_ptr()
             if all(layer.weight.untyped_storage().data_ptr() == ours for layer in self._layers):
@@ -99,12 +111,19 @@ class Siblings:
     def __call__(self, layer: LoRALinear, x: Tensor) -> Tensor:
         """The layer's result."""
         if layer not in self._made or self._x is None or self._x() is not x:
-            assert self._weight is not None, "layers are joined when they are attached"
-            frozen = Frozen(self._weight, self._bias, self._outs, [other.offset for other in self._layers])
+            biases = [other.bias for other in self._layers] if self._apart else [self._bias]
+            frozen = Frozen(self._weights, biases, self._outs, [other.offset for other in self._layers])
             made = lora_matmul(x, frozen, [other.adapter for other in self._layers], layer.step.segments)
             self._made = dict(zip(self._layers, made, strict=True))
             self._x = weakref.ref(x)
         return self._made.pop(layer)
+
+    def _weights(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        if self._apart:
+            yield from (layer.dense(dtype) for layer in self._layers)
+            return
+        assert self._weight is not None, "layers are joined when they are attached"
+        yield self._weight
 
 
 class FusedLayers:
@@ -120,7 +139,7 @@ class FusedLayers:
     def of(cls, model: nn.Module, layers: Mapping[str, nn.Module]) -> FusedLayers | None:
         """None for a family without a record, or where a layer may be more than W x + b."""
         family = family_of(model)
-        if family is None or not layers or any(type(layer) not in (nn.Linear, Conv1D) for layer in layers.values()):
+        if family is None or not layers or not all(_multiplies(layer) for layer in layers.values()):
             return None
         step, modules = Step(), dict(model.named_modules())
         every = {name: LoRALinear(layer, step) for name, layer in layers.items()}
@@ -158,6 +177,11 @@ class FusedLayers:
             siblings.part()
 
 
+def _multiplies(layer: nn.Module) -> bool:
+    """Whether a layer is W x + b and no more."""
+    return is_plain(layer) or isinstance(layer, QuantisedLinear)
+
+
 def _with_one_input(modules: Mapping[str, nn.Module], family: Family, sites: Sequence[str]) -> list[list[str]]:
     """Names of layers with the same input of which one at least is among the sites."""
     found = []
@@ -165,8 +189,9 @@ def _with_one_input(modules: Mapping[str, nn.Module], family: Family, sites: Seq
         for names in family.siblings:
             paths = [f"{parent}.{name}".lstrip(".") for name in names]
             layers = [modules.get(path) for path in paths]
-            linear = [layer for layer in layers if type(layer) is nn.Linear]  # others may not be W x + b
-            alike = {(layer.in_features, layer.bias is None, layer.weight.dtype) for layer in linear}
+            # Others may not be W x + b.
+            linear = [x for x in layers if isinstance(x, nn.Linear) and _multiplies(x)]
+            alike = {(type(x), x.in_features, x.bias is None, x.weight.dtype) for x in linear}
             if len(linear) == len(names) and len(alike) == 1 and any(path in sites for path in paths):
                 found.append(paths)
     return found

@@ -12,7 +12,7 @@ rows end to end, and one A: on a CPU a small product costs more for the call tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -53,19 +53,22 @@ class Segments:
 
 
 class Frozen(NamedTuple):
-    """The fused frozen weights of layers with the same input."""
+    """The frozen weights of layers with the same input."""
 
-    weight: Tensor  # (out, in), the rows of the first layer, then those of the second, ...
-    bias: Tensor | None  # (out,)
+    weights: Callable[[torch.dtype], Iterable[Tensor]]
+    """Asked in forward and again in backward: one (out, in) of all layers' rows end to end, or one of each layer, dense in the
+    dtype. Each is valid until the next."""
+    biases: Sequence[Tensor | None]  # (out,), of each weight
     outs: list[int]
-    """How many of those rows are each layer's."""
+    """How many rows are each layer's."""
     offsets: Sequence[Offset | None]
     """Of each layer."""
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        """(..., in) -> (..., out) of each layer, views of one tensor."""
-        y = F.linear(x, self.weight, self.bias)
-        ys = list(torch.split_with_sizes(y, self.outs, -1)) if len(self.outs) > 1 else [y]
+        """(..., in) -> (..., out) of each layer; views of one tensor where the weight is one."""
+        ys = [F.linear(x, weight, bias) for weight, bias in zip(self.weights(x.dtype), self.biases, strict=True)]
+        if len(ys) < len(self.outs):
+            ys = list(torch.split_with_sizes(ys[0], self.outs, -1))
         for i, offset in enumerate(self.offsets):
             if offset is not None:
                 left, right = offset
@@ -74,7 +77,11 @@ class Frozen(NamedTuple):
 
     def back(self, grads: Sequence[Tensor]) -> Tensor:
         """The gradients (..., out) of each layer's result -> that of x (..., in)."""
-        dx = (torch.cat(list(grads), -1) if len(grads) > 1 else grads[0]) @ self.weight
+        joined = grads if len(self.biases) == len(grads) else [torch.cat(list(grads), -1)]
+        dx: Tensor | None = None
+        for grad, weight in zip(joined, self.weights(grads[0].dtype), strict=True):
+            dx = grad @ weight if dx is None else dx.add_(grad @ weight)
+        assert dx is not None
         for grad, offset in zip(grads, self.offsets, strict=True):
             if offset is not None:
                 left, right = offset
