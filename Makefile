@@ -42,7 +42,7 @@ docs: .venv/docs
 	touch $@
 
 .venv/test: .venv/made pyproject.toml requirements/constraints.txt requirements/test.txt
-	$(PIP) install --constraint requirements/constraints.txt --editable '.[flower,ray,wireless,privacy,dev]'
+	$(PIP) install --constraint requirements/constraints.txt --editable '.[flower,ray,wireless,privacy,quantized,dev]'
 	$(PIP) install --no-deps --require-hashes --requirement requirements/test.txt
 	touch $@
 

@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/bases.py [--shape llama-3.2-1b] [--folder /tmp/bases] [--only load|step] [--turns 5]
 
 The shape's file is made in the folder at the first call (2.5 GB for llama-3.2-1b) with the tokenizer of SmolLM2.
-Each load is a process of its own; its peak is the kernel's count, file pages that were looked at among it. The steps take turns within one
-process: one client, LoRA of rank 8 on query and value, AdamW, two rows of 256 tokens of which half are the answer; processor time of
-one thread, so that a busy machine matters less. A ratio is the median over turns.
+Each load is a process of its own; its peak is the kernel's count, with the file pages that were looked at. The steps take
+turns within one process: one client, LoRA of rank 8 on query and value, AdamW, two rows of 256 tokens of which half are the
+answer; processor time of one thread, so that a busy machine matters less. A ratio is the median over turns.
 """
 
 from __future__ import annotations
@@ -35,7 +35,12 @@ def config_of(shape: str) -> Any:
     if shape == "qwen2.5-0.5b":
         sizes = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14)
         return tf.Qwen2Config(
-            **sizes, num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True, rope_theta=1e6, rms_norm_eps=1e-6
+            **sizes,
+            num_key_value_heads=2,
+            vocab_size=151936,
+            tie_word_embeddings=True,
+            rope_theta=1e6,
+            rms_norm_eps=1e-6,
         )
     layers = {"llama-3.2-1b": 16, "llama-2-7b": 32}[shape]
     if shape == "llama-2-7b":

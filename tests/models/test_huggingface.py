@@ -227,6 +227,8 @@ def test_minilm(need: Callable[[str], None]) -> None:
 def test_smollm2(need: Callable[[str], None], capfd: pytest.CaptureFixture[str]) -> None:
     need("smollm2")
     base = load_base("smollm2", kind="causal-lm")
+    files = packaged.locate("smollm2")
+    assert files is not None and resolve(str(files[0])) == resolve("smollm2")  # any GGUF file is read as this one
     assert capfd.readouterr() == ("", "")
     assert sum(x.numel() for x in base.model.parameters()) == 134_515_008 and not getattr(
         base.model, "is_quantized", False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +63,7 @@ def saved(tmp_path: Path) -> Callable[[str], str]:
     return save
 
 
-def theirs(source: str, how: Quantization, kind: Kind, dtype: torch.dtype = torch.float32) -> Any:
+def theirs(source: str, how: Quantization, kind: Kind, dtype: torch.dtype = torch.float32, head: bool = False) -> Any:
     """What transformers and bitsandbytes make of a directory."""
     import transformers as tf
 
@@ -73,7 +74,7 @@ def theirs(source: str, how: Quantization, kind: Kind, dtype: torch.dtype = torc
         "bnb_4bit_use_double_quant": how == "nf4-double",
     }
     # By default it quantises BERT's classifier, too.
-    keep = {"llm_int8_skip_modules": [kind == "causal-lm" and "lm_head" or "classifier"]}
+    keep = {"llm_int8_skip_modules": ["none" if head else "lm_head" if kind == "causal-lm" else "classifier"]}
     config = tf.BitsAndBytesConfig(**({"load_in_8bit": True} if how == "int8" else four), **keep)
     loader: Any = tf.AutoModelForCausalLM if kind == "causal-lm" else tf.AutoModelForSequenceClassification
     labels = {} if kind == "causal-lm" else {"num_labels": 3}
@@ -145,3 +146,122 @@ def test_gradients_are_those_of_peft_on_the_same_base(
             for site, x in wanted[role].items():
                 step = state[role][site] - made.state[role][site]
                 torch.testing.assert_close(step, x, rtol=0, atol=1e-5 * float(x.abs().max()))
+
+
+@pytest.mark.parametrize("how", ["nf4-double", "int8"])
+def test_a_saved_quantised_checkpoint_is_the_same_base(
+    saved: Callable[[str], str], tmp_path: Path, how: Quantization
+) -> None:
+    source = saved("llama")
+    ours = load_base(source, kind="causal-lm", quantization=how)
+    stored = str(tmp_path / "stored")
+    theirs(source, how, "causal-lm").save_pretrained(stored)
+    ours.tokenizer.save_pretrained(stored)
+    base = load_base(stored, kind="causal-lm")
+    assert base.quantization is not None and "bitsandbytes" in base.quantization and base.sha256 != ours.sha256
+    layers = quantised.quantised(base.model)
+    assert layers.keys() == quantised.quantised(ours.model).keys() and len(layers) == 14
+    for name, layer in layers.items():
+        assert torch.equal(quantised.dense(layer), quantised.dense(ours.model.get_submodule(name)))
+    with pytest.raises(ModelError, match=r"quantised already \(bitsandbytes .*take model.quantization out"):
+        load_base(stored, kind="causal-lm", quantization=how)
+
+
+def test_a_model_given_quantised_is_taken_over(saved: Callable[[str], str]) -> None:
+    """bitsandbytes' own layers change the order of their codes in a first pass without gradients, and have none afterwards."""
+    source = saved("llama")
+    ours = load_base(source, kind="causal-lm", dtype=torch.bfloat16, quantization="nf4")
+    given = theirs(source, "nf4", "causal-lm", torch.bfloat16).eval()
+    with torch.no_grad():
+        given.model.layers[0].self_attn.q_proj(torch.ones(2, 64, dtype=torch.bfloat16))
+    base = adopt(given, ours.tokenizer, kind="causal-lm")
+    for name, layer in quantised.quantised(ours.model).items():
+        made = quantised.dense(base.model.get_submodule(name))
+        # Those scales are in bfloat16 since.
+        torch.testing.assert_close(made, quantised.dense(layer), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_merged_model_is_dense_and_computes_the_same(
+    saved: Callable[[str], str], tmp_path: Path, family: str
+) -> None:
+    import transformers as tf
+
+    base = load_base(saved(family), kind="causal-lm", quantization="nf4-double")
+    sites = find_sites(base.model, default_targets(base.model))
+    state = lora.init(sites, 2, generator(0, "merge"))
+    state["B"] = {s: torch.randn(x.shape, generator=generator(0, s)) * 0.1 for s, x in state["B"].items()}
+    ids = torch.tensor([[3, 9, 4, 7, 20]])
+    with (
+        Trainer(base.model, sites) as trainer,
+        torch.no_grad(),
+        trainer.loaded(Work(train=state, scale=1.5), rows("causal-lm")) as adapted,
+    ):
+        wanted = adapted(input_ids=ids).logits.clone()
+    peft.merge(base.model, state["A"], state["B"], 1.5, {}, None, tmp_path / "merged")
+    made: Any = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not hasattr(made.config, "quantization_config") and not quantised.quantised(made)
+    with torch.no_grad():
+        torch.testing.assert_close(made(input_ids=ids).logits, wanted, rtol=0, atol=1e-4)
+
+
+def test_codes_take_the_memory_that_they_say(saved: Callable[[str], str]) -> None:
+    source, bits = saved("llama"), {}
+    for how in (None, *HOW):
+        model = load_base(source, kind="causal-lm", dtype=torch.bfloat16, quantization=how).model
+        layers = {n: x for n, x in model.named_modules() if isinstance(x, nn.Linear) and n != "lm_head"}
+        count = sum(x.in_features * x.out_features for x in layers.values())
+        assert quantised.parameters(model) == sum(x.numel() for x in tiny("llama").parameters())
+        rest = quantised.parameters(model) - count
+        bits[how] = 8 * (quantised.bytes_of(model, torch.bfloat16) - 2 * rest) / count
+    assert bits[None] == 16 and bits["nf4"] == 4.5
+    assert 4.125 < bits["nf4-double"] < 4.3 and 8 < bits["int8"] < 8.6  # a float32 scale for each row of 64
+
+
+def test_what_cannot_be_is_said(saved: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = saved("bert")
+    theirs(source, "int8", "classification", head=True).save_pretrained(str(tmp_path / "head"))
+    load_base(source, kind="classification", num_labels=3).tokenizer.save_pretrained(str(tmp_path / "head"))
+    with pytest.raises(ModelError, match=r"task head of model .* \(classifier\) is quantised"):
+        load_base(str(tmp_path / "head"), kind="classification", num_labels=3)
+    config = Path(saved("llama")) / "config.json"
+    values = json.loads(config.read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    config.write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=r"quantised \(gptq\), and what reads that is not installed"):
+        load_base(str(config.parent), kind="causal-lm")
+    (tmp_path / "model.gguf").write_text("x")
+    with pytest.raises(ModelError, match=r"model.gguf cannot be read as a GGUF model"):
+        load_base(str(tmp_path / "model.gguf"), kind="causal-lm")
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(ModelError, match=r"needs bitsandbytes.*pip install 'fedloom\[quantized\]'"):
+        load_base(source, kind="classification", num_labels=3, quantization="nf4")
+
+
+class Tenths(nn.Module):
+    """A layer as other libraries have: no nn.Linear, and integers for weights."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.out_features, self.in_features = layer.out_features, layer.in_features
+        self.register_buffer("qweight", (layer.weight.detach() * 10).round().to(torch.int32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.get_buffer("qweight").to(x.dtype) / 10)
+
+
+def test_layers_of_other_libraries_are_adapted_on_the_readable_path() -> None:
+    model, dense = tiny("llama"), tiny("llama")
+    for name, layer in dict(model.named_modules()).items():
+        if name.endswith("v_proj"):
+            model.set_submodule(name, Tenths(layer))
+            dense.get_submodule(name).weight.data = model.get_submodule(name)(torch.eye(64)).T.contiguous()
+    sites = find_sites(model, ["q_proj", "v_proj"])
+    assert sites == find_sites(dense, ["q_proj", "v_proj"])
+    work = Work(train=lora.init(sites, 2, generator(0, "x")))
+    made = []
+    for each in (model, dense):
+        with Trainer(each, sites, settings=Settings(batch_size=3, lr=0.01, local_steps=2)) as trainer:
+            made.append(trainer.fit([(Client("a", 3, 2), work)], [rows("causal-lm")], 1)[0])
+    assert made[0].loss == pytest.approx(made[1].loss, rel=1e-5)
+    with pytest.raises(ModelError, match="a layer is a Tenths, whose codes fedloom cannot make dense"):
+        quantised.dense(model.get_submodule("model.layers.0.self_attn.v_proj"))

@@ -140,7 +140,7 @@ def export(
     _quiet()
     from fedloom.runs import finished as saved
 
-    saved.export_saved(path, dest, client, merge)
+    saved.export_saved(path, dest, client, merge, lambda what: say(f"warning: {what}"))
     say(f"{'model' if merge else 'adapter'}: {dest}")
 
 

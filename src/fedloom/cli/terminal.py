@@ -78,8 +78,11 @@ class Terminal(Observer):
             f"{len(parts.rows.train)} training rows, {len(parts.rows.eval)} held out",
             soft_wrap=self.live is None,  # a line of a log is one line
         )
+        kind = str(parts.dtype).removeprefix("torch.")
+        if parts.base.quantization is not None:
+            kind = f"{parts.base.quantization}, computed in {kind}"
         self.console.print(
-            f"{c.model.name} ({parts.base.family}, {str(parts.dtype).removeprefix('torch.')} on {parts.device}), "
+            f"{c.model.name} ({parts.base.family}, {kind} on {parts.device}), "
             f"rank {method.rank} on {len(parts.sites)} layers: {trained:,} adapter parameters"
             + (f" and {head:,} of the head" if head else ""),
             soft_wrap=self.live is None,

@@ -25,10 +25,11 @@ def cache_dir() -> Path:
 
 
 def converted(file: Path, sha256: str) -> Path:
-    """The directory of the model in `file`, whose hash is `sha256`; converted at the first call (about 15 s, 1.6 GB).
+    """The directory of the model in `file`, whose hash is `sha256`; converted once (SmolLM2: 15 s, 1.6 GB).
 
     Several processes may call it at once: each converts in a directory of its own and the first to finish wins.
-    Raises ModelError if the cache cannot be written, as on a full disk; nothing half-written stays.
+    Raises ModelError if the file is damaged or its architecture unknown to transformers, or if the cache cannot be written,
+    as on a full disk; nothing half-written stays.
     """
     target = cache_dir() / f"{file.name.removesuffix('.gguf')}-{sha256[:16]}"
     if (target / "config.json").is_file():
@@ -53,8 +54,13 @@ def converted(file: Path, sha256: str) -> Path:
             shutil.rmtree(scratch, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"{file.name} could not be converted into {target.parent} ({error}): it needs about 1 GB there; free some, or "
-            "set FEDLOOM_CACHE to another directory"
+            f"{file.name} could not be converted into {target.parent} ({error}): it needs about 4 bytes a weight there; free "
+            "some, or set FEDLOOM_CACHE to another directory"
+        ) from error
+    except Exception as error:  # whatever its reader raises
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(
+            f"{file.name} cannot be read as a GGUF model ({why}): expected a whole file of a decoder that transformers knows"
         ) from error
     return target
 

@@ -211,8 +211,9 @@ def head_group(model: nn.Module) -> Group:
 def resolve(name: str) -> str:
     """The directory or hub id behind a model name.
 
-    A packaged name gives its directory, or the hub id of the original where its package is not installed.
-    Raises ModelError for a directory without a model, or a path that does not exist.
+    A packaged name gives its directory, or the hub id of the original where its package is not installed; a GGUF file that
+    of the dense model which is made of it once. Raises ModelError for a directory without a model, a file that is none, or a
+    path that does not exist.
     """
     if name in packaged.MODELS:
         files = packaged.locate(name)
@@ -229,6 +230,11 @@ def resolve(name: str) -> str:
         if not (path / "config.json").is_file():
             raise ModelError(f"{name!r} is a directory without config.json, expected one that save_pretrained wrote")
         return str(path)
+    if path.is_file() and path.suffix == ".gguf":
+        from fedloom.models import gguf
+
+        with quiet():
+            return str(gguf.converted(path, weights.file_sha256(path)))
     if path.is_file():
         raise ModelError(f"{name!r} is a file, expected a model directory: the one that has config.json in it")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():

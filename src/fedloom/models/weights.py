@@ -74,12 +74,12 @@ def read(directory: Path, names: Iterable[str]) -> dict[str, Tensor]:
 
 def sha256(directory: Path) -> str:
     """Hash of a model's weights: of the file where there is one, of their hashes in order of name where there are more."""
-    hashes = [_file_sha256(file) for file in weight_files(directory)]
+    hashes = [file_sha256(file) for file in weight_files(directory)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
-def _file_sha256(file: Path) -> str:
-    """Read again only when the file at this path has another size, time of change or inode."""
+def file_sha256(file: Path) -> str:
+    """Hash of one file. Read again only when the file at this path has another size, time of change or inode."""
     stat = file.stat()
     what = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
     kept = cache_dir() / "sha256" / hashlib.sha256(json.dumps(what).encode()).hexdigest()

@@ -250,7 +250,9 @@ def experiment(
             "the model of this run was given in Python: give it to fedloom.resume, too (model=..., tokenizer=...)"
         )
     if given.model is not None and c.model.quantization is not None:
-        raise ConfigError("model.quantization is set, but the model was given in Python: load it quantised, and remove it")
+        raise ConfigError(
+            "model.quantization is set, but the model was given in Python: load it quantised, and remove it"
+        )
     if base is None and given.model is not None:
         base = huggingface.adopt(given.model, given.tokenizer, kind=c.task.kind, num_labels=labels)
     base = base or base_of(c, labels, device, dtype)

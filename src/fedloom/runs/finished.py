@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from fedloom.data import partition
@@ -38,7 +39,13 @@ def evaluate_saved(path: Path, client: str | None = None) -> dict[str, float]:
     return evaluate.score(experiment(run.config()), export.read(adapter))
 
 
-def export_saved(path: Path, dest: Path, client: str | None = None, merge: bool = False) -> None:
+def export_saved(
+    path: Path,
+    dest: Path,
+    client: str | None = None,
+    merge: bool = False,
+    on_warning: Callable[[str], None] = lambda what: None,
+) -> None:
     """Copy a saved adapter to `dest`, or write the model with the adapter merged. `dest` must be new or empty.
 
     It is written beside `dest` and renamed: what is there is whole. Raises RunError if it cannot be written.
@@ -57,6 +64,11 @@ def export_saved(path: Path, dest: Path, client: str | None = None, merge: bool 
         )
     e = experiment(run.config())
     e.trainer.close()  # the model's own layers are merged into
+    if e.base.quantization is not None:
+        on_warning(
+            f"the base was {e.base.quantization} while it was trained: the model is written dense, of rounded weights, in "
+            f"{str(e.dtype).removeprefix('torch.')}"
+        )
     A, B, head = work.train["A"], work.train["B"], work.train.get("head")
     tokenizer, labels = e.base.tokenizer, e.tables.labels or None
     write_new_folder(

@@ -19,6 +19,7 @@ from fedloom.engine import Job, Total
 from fedloom.errors import RunError
 from fedloom.flower.transport import Transport
 from fedloom.loop import Record, federate, in_order
+from fedloom.models import quantised
 from fedloom.runs import budget, engines, evaluate, export, flower_server, private, radio_cost, resumption, track
 from fedloom.runs.config import RunConfig
 from fedloom.runs.contradictions import refuse_contradictions, refuse_too_many
@@ -344,11 +345,12 @@ class _Run:
                 "environment": {
                     "device": str(e.device),
                     "dtype": str(e.dtype).removeprefix("torch."),
+                    **({"quantization": coded} if (coded := e.base.quantization) else {}),
                     "threads": torch.get_num_threads(),
                 },
                 "lora_parameters": e.parameters[1],
                 "head_parameters": sum(x.numel() for group in e.head.values() for x in group.values()),
-                "versions": versions(),
+                "versions": versions(*(["bitsandbytes"] if quantised.quantised(e.base.model) else [])),
                 "accepted_changes": self._accepted,
                 "hashes": {"config": digest_file(self.run.config_file), **e.hashes, "adapter": None, **adapters},
             }
@@ -359,9 +361,9 @@ def _without_id(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name != "id"}
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the libraries that a result depends on."""
+def versions(*others: str) -> dict[str, str]:
+    """Of Python and the libraries that a result depends on, and of others."""
     from importlib.metadata import version
 
-    packages = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy")
+    packages = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", *others)
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
