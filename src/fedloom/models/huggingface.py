@@ -87,42 +87,53 @@ def load_base(
             raise ModelError(
                 f"model {name!r} is quantised already ({coded}): take model.quantization out of the run file"
             )
-        loader: Any = transformers.AutoModelForCausalLM
-        options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-        if kind != "causal-lm":
-            loader = transformers.AutoModelForSequenceClassification
-            problem = "regression" if kind == "regression" else "single_label_classification"
-            options |= {"num_labels": num_labels, "problem_type": problem, "ignore_mismatched_sizes": True}
-        if torch.device(device).type != "cpu" and quantization is None:
-            options["device_map"] = {"": str(device)}
-        if attention is not None:
-            options["attn_implementation"] = attention
+        # Layers are coded on their way to the device, which need not hold the dense model.
+        options = _options(kind, num_labels, dtype, "cpu" if quantization else device, attention)
         if local:
             weights.weight_files(Path(source))  # of a hub id they are not here yet
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source)
-        model, info = _loaded(loader, source, options, name, coded)
+        model, info = _loaded(kind, source, options, name, coded)
         digest = packaged.weights_sha256(name) if name in known and local else weights.sha256(_directory(source))
         directory = _directory(source)
     quantised.take_over(model)
     check_usable(name, model, tokenizer)
     head = head_modules(model)
     _check_head(model, head, name)
-    for module in head:  # trained in float32, whatever the base's dtype
-        model.get_submodule(module).float()
-    if head and dtype != torch.float32:
-        _restore_head(model, head, directory)
+    _restore_head(model, head, directory, dtype)
     fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     _draw(model, fresh, head, seed, name, kind)
     if quantization is not None:
-        vocabulary = model.get_output_embeddings()
-        keep = {*head, *(key for key, module in model.named_modules() if module is vocabulary)}
-        quantised.quantise(model, quantization, keep, device)
+        quantised.quantise(model, quantization, {*head, *_vocabulary(model)}, device)
         digest = hashlib.sha256(f"{digest} {quantised.settings(quantization)}".encode()).hexdigest()
     return replace(_frozen(model, tokenizer, source, digest, dtype), quantization=quantization or coded)
 
 
-def _loaded(loader: Any, source: str, options: dict[str, Any], name: str, coded: str | None) -> tuple[Any, Any]:
+def _options(
+    kind: Kind, num_labels: int, dtype: torch.dtype, device: torch.device | str, attention: str | None
+) -> dict[str, Any]:
+    """Of transformers' `from_pretrained`."""
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if kind != "causal-lm":
+        problem = "regression" if kind == "regression" else "single_label_classification"
+        options |= {"num_labels": num_labels, "problem_type": problem, "ignore_mismatched_sizes": True}
+    if torch.device(device).type != "cpu":
+        options["device_map"] = {"": str(device)}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    return options
+
+
+def _vocabulary(model: Any) -> list[str]:
+    """The name of the vocabulary head, if there is one."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if head is not None and module is head]
+
+
+def _loaded(kind: Kind, source: str, options: dict[str, Any], name: str, coded: str | None) -> tuple[Any, Any]:
     """(model, loading info)."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    loader: Any = AutoModelForCausalLM if kind == "causal-lm" else AutoModelForSequenceClassification
     if coded and "bitsandbytes" in coded:
         quantised.bitsandbytes()
     try:
@@ -190,8 +201,12 @@ def _frozen(model: Any, tokenizer: Any, source: str, digest: str, dtype: torch.d
     return Base(model, tokenizer, source, tuple(head_modules(model)), str(model.config.model_type), digest, head)
 
 
-def _restore_head(model: nn.Module, head: Sequence[str], directory: Path) -> None:
-    """Give a head that the checkpoint has the values that were rounded when it was read."""
+def _restore_head(model: nn.Module, head: Sequence[str], directory: Path, dtype: torch.dtype) -> None:
+    """Make the head float32, whatever the base's dtype, with the checkpoint's values where reading it rounded them."""
+    for module in head:
+        model.get_submodule(module).float()
+    if not head or dtype == torch.float32:
+        return
     parameters = {
         f"{module}.{leaf}": x for module in head for leaf, x in model.get_submodule(module).named_parameters()
     }

@@ -245,17 +245,7 @@ def experiment(
     parts = _partition(c, table) if only_client is None else {only_client: list(range(len(table.train)))}
     on_status("loading the model")
     labels = max(1, len(table.labels))
-    if base is None and given.model is None and c.model.name == GIVEN:
-        raise ModelError(
-            "the model of this run was given in Python: give it to fedloom.resume, too (model=..., tokenizer=...)"
-        )
-    if given.model is not None and c.model.quantization is not None:
-        raise ConfigError(
-            "model.quantization is set, but the model was given in Python: load it quantised, and remove it"
-        )
-    if base is None and given.model is not None:
-        base = huggingface.adopt(given.model, given.tokenizer, kind=c.task.kind, num_labels=labels)
-    base = base or base_of(c, labels, device, dtype)
+    base = base or _given_base(c, given, labels) or base_of(c, labels, device, dtype)
     clients = planned.clients(parts)
     if only_client is None:
         private.check_clients(c, clients)
@@ -310,6 +300,21 @@ def device_of(config: RunConfig) -> torch.device:
 def dtype_of(config: RunConfig, device: torch.device) -> torch.dtype:
     """Of the frozen base on this device."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.model.dtype) or auto_dtype(device)
+
+
+def _given_base(config: RunConfig, given: Given, labels: int) -> huggingface.Base | None:
+    """The base that the caller made, if any."""
+    if given.model is None:
+        if config.model.name == GIVEN:
+            raise ModelError(
+                "the model of this run was given in Python: give it to fedloom.resume, too (model=..., tokenizer=...)"
+            )
+        return None
+    if config.model.quantization is not None:
+        raise ConfigError(
+            "model.quantization is set, but the model was given in Python: load it quantised, and remove it"
+        )
+    return huggingface.adopt(given.model, given.tokenizer, kind=config.task.kind, num_labels=labels)
 
 
 def base_of(config: RunConfig, labels: int, device: torch.device, dtype: torch.dtype) -> huggingface.Base:
