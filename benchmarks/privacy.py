@@ -52,7 +52,7 @@ def secure_sum(n: int, numbers: int) -> None:
     opening = time.perf_counter() - start
     assert torch.equal(total, words * n)
     shares = sum(len(share) for by in answers[i].values() for share in by.values())
-    extra = masked.overhead + shares
+    extra = sum(map(len, [*masked.boxes.values(), *masked.hashes.values()])) + shares
     client = 1e3 * (sorted(masking)[n // 2] + sorted(answering)[n // 2])
     print(
         f"{n:4d} clients {numbers * 8 / 1e6:7.1f} MB of words: client {client:8.1f} ms, server {1e3 * opening:8.1f} ms, "

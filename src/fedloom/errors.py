@@ -8,6 +8,7 @@ FedloomError
 ├── RunError        (RuntimeError)  a run directory cannot be used: exists, unreadable, other version, disk full
 ├── MethodError     (TypeError)     a method breaks the interface
 └── RoundError      (RuntimeError)  a round could not be completed; the run can be resumed
+    └── VoidRound                   and must not be done again: it counts as one that changed nothing
 
 `exit_code` is what the command line returns: 2 where the user's input is at fault, 1 otherwise.
 """
@@ -71,3 +72,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     # A word of kilobytes is no misspelling, and the search for its like takes minutes.
     close = difflib.get_close_matches(word, [str(name) for name in known], n=1) if len(word) <= 100 else []
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class VoidRound(RoundError):
+    """A round that failed and must not be repeated, for its secure sum may have been opened: it changes nothing."""

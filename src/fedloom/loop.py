@@ -16,7 +16,7 @@ from fedloom.client import Client, Failure
 from fedloom.communication import ByteCount
 from fedloom.core import Averaged, Each, Exchange, Mean, Method, Round, Trained, Upload, Work
 from fedloom.engine import Answer, Engine, Job, Total, Visits
-from fedloom.errors import MethodError, RoundError
+from fedloom.errors import MethodError, RoundError, VoidRound
 from fedloom.sampling import Sampler, all_clients
 from fedloom.screening import RECENT, Moved, Screen, movement, step_fault
 from fedloom.state import State, only
@@ -35,6 +35,8 @@ class Limits:
 
 
 DEFAULT = Limits()
+MOST_VOID = 2
+"""Void rounds in a row that end a run."""
 
 
 @dataclass
@@ -43,7 +45,8 @@ class Record:
 
     t: int
     stage: str = "none"
-    """Who trained: `clients`, `server` on its own data, `none`, or `personal` after the last round."""
+    """Who trained: `clients`, `server` on its own data, `none`, or `personal` after the last round; `void` if it failed and
+    must not be done again."""
     clients: list[str] = field(default_factory=list)
     """Who was asked."""
     dropped: dict[str, str] = field(default_factory=dict)
@@ -334,20 +337,38 @@ def federate(
     recent_steps: Sequence[float] = (),
     on_round: Callable[[State, Record], None] = lambda state, record: None,
 ) -> State:
-    """Rounds `start` to `rounds`; `on_round` sees the state after each. Returns the last state."""
+    """Rounds `start` to `rounds`; `on_round` sees the state after each. Returns the last state.
+
+    A round that is void leaves the state as it is, and the next one comes; the second in a row raises.
+    """
     everybody = sorted(clients, key=lambda client: client.id)
     steps = deque(recent_steps, maxlen=RECENT)
+    void = 0
     for t in range(start, rounds + 1):
-        state, record = one_round(
-            method,
-            engine,
-            state,
-            sample(everybody, t),
-            t,
-            federation=len(everybody),
-            limits=limits,
-            recent_steps=list(steps),
-        )
-        steps.append(record.report["step_norm"])
+        chosen = sample(everybody, t)
+        try:
+            state, record = one_round(
+                method,
+                engine,
+                state,
+                chosen,
+                t,
+                federation=len(everybody),
+                limits=limits,
+                recent_steps=list(steps),
+            )
+        except VoidRound as error:
+            void += 1
+            if void == MOST_VOID:
+                raise
+            record = _void(t, chosen, str(error))
+        else:
+            void = 0
+            steps.append(record.report["step_norm"])
         on_round(state, record)
     return state
+
+
+def _void(t: int, chosen: Sequence[Client], why: str) -> Record:
+    ids = sorted(client.id for client in chosen)
+    return Record(t, "void", ids, dict.fromkeys(ids, why))

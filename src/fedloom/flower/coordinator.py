@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedloom.checkpoint import ClientStates
 from fedloom.client import Client, Failure
@@ -15,10 +15,13 @@ from fedloom.errors import RoundError
 from fedloom.flower import answers, codec
 from fedloom.flower.message import printable
 from fedloom.flower.nodes import Directory, Registry, Roster
-from fedloom.flower.pending import Answered, Asked, Pending, Refused
+from fedloom.flower.pending import NOTHING, Answered, Asked, Pending, Refused, Say
 from fedloom.flower.remote_visits import RemoteVisits
 from fedloom.flower.transport import Transport
 from fedloom.state import Sites
+
+if TYPE_CHECKING:
+    from fedloom.flower.remote_sums import RemoteSums
 
 POLL_S = 0.1
 """Between looks for answers. The SuperLink is on this machine: a look costs a millisecond."""
@@ -43,7 +46,7 @@ class Coordinator:
 
     `local` trains the server's own work. With a `roster` any node can serve any client, and they are dealt out over those
     that are connected; without one, nodes say which clients they are, and `check` raises for one that the method cannot serve.
-    `metrics` are the names of the scores that a client's own model gets.
+    `metrics` are the names of the scores that a client's own model gets. With `sums`, uploads come as secure sums.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Coordinator:
         roster: Sequence[Client] | None = None,
         check: Callable[[Client], None] = lambda client: None,
         metrics: Collection[str] = ("loss",),
+        sums: RemoteSums | None = None,
         on_status: Callable[[str], None] = lambda what: None,
     ) -> None:
         self.transport, self.policy, self.local, self.on_status = transport, policy, local, on_status
@@ -66,6 +70,7 @@ class Coordinator:
         self.pending = Pending(transport, setup, policy.form)
         self.train_s = 0.0
         """Of the node that trained longest, summed over exchanges."""
+        self.sums = sums
         self._check, self._metrics = check, frozenset(metrics)
         self._notes: list[str] = []
 
@@ -111,20 +116,43 @@ class Coordinator:
     def _register(self, one: Answered | Refused) -> None:
         node = one.asked.node
         try:
-            why = one.reason if isinstance(one, Refused) else self._announced(node, answers.clients(one.header))
+            why = one.reason if isinstance(one, Refused) else self._announced(node, one.header)
         except Exception as error:  # whatever a node says of itself: it is refused, and the others are not
             why = printable(error)
         if why is not None:
             self.note(f"node {node} takes no part: {why}")
             self.registry.refuse(node, why)
 
-    def _announced(self, node: int, clients: list[Client]) -> str | None:
+    def _announced(self, node: int, header: dict[str, Any]) -> str | None:
+        clients = answers.clients(header)
+        if self.sums is not None:
+            self.sums.announce(clients, header.get("keys"))
         return self.registry.register(node, clients, self.transport.nodes(), self._check)
+
+    def wait_for_places(self, clients: Collection[str], count: int) -> None:
+        """Wait a deadline long, at most, until `count` of these clients have a node that is connected."""
+        until = time.monotonic() + self.policy.deadline_s
+        while time.monotonic() < until:
+            online = self.discover()
+            # Where any node serves any client, one is enough.
+            there = clients if self.directory is not self.registry and online else self._placed(clients, online)
+            if len(there) >= min(count, len(clients)):
+                return
+            time.sleep(POLL_S)
+
+    def _placed(self, clients: Collection[str], online: set[int]) -> list[str]:
+        return [key for key in clients if self.directory.places.get(key) in online]
 
     # asking
 
     def ask(
-        self, do: str, jobs: Sequence[Job], t: int, exchange: int = 1, done: Callable[[], bool] = lambda: False
+        self,
+        do: str,
+        jobs: Sequence[Job],
+        t: int,
+        exchange: int = 1,
+        done: Callable[[], bool] = lambda: False,
+        say: Say = NOTHING,
     ) -> Iterator[Answered | Failure]:
         """Ask every job's node until the deadline, or until `done()`. Whoever gave no answer to use comes as a Failure.
 
@@ -136,7 +164,8 @@ class Coordinator:
         online = self._free()
         until = time.monotonic() + self.policy.deadline_s
         owed = self.pending.owed()
-        ready = self.directory.place(online, owed) if exchange == 1 else online
+        first = exchange == 1 or not self.directory.places
+        ready = self.directory.place(online, owed) if first else online
         waiting: set[Asked] = set()
         groups: dict[int, list[Job]] = {}
         for job in jobs:
@@ -148,7 +177,7 @@ class Coordinator:
             else:
                 groups.setdefault(node, []).append(job)
         for node, group in groups.items():
-            asked = Asked(node, do, t, exchange, group)
+            asked = Asked(node, do, t, exchange, group, say)
             if self.pending.send(asked, ttl_s):
                 waiting.add(asked)
             else:
@@ -194,7 +223,11 @@ class Coordinator:
     # what an engine does
 
     def visits(self, method: Method, round: Round) -> RemoteVisits:
-        return RemoteVisits(self, method, round)
+        if self.sums is None:
+            return RemoteVisits(self, method, round)
+        from fedloom.flower.secure_remote_visits import SecureRemoteVisits  # its ciphers are of an extra
+
+        return SecureRemoteVisits(self, method, round, self.sums)
 
     def personal(self, method: Method, jobs: Iterable[Job], t: int) -> Iterator[Answer | Failure]:
         seconds = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedloom.checkpoint import ClientStates
 from fedloom.client import Client, Failure
@@ -13,6 +13,9 @@ from fedloom.core import Method, Round
 from fedloom.engine import Answer, Job
 from fedloom.simulation import LocalVisits, Simulation
 from fedloom.state import State
+
+if TYPE_CHECKING:
+    from fedloom.flower.node_sums import NodeSums
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class NodeRun:
     simulation: Simulation[Any]
     folder: Path
     """Where what clients keep is, for this run."""
+    sums: NodeSums | None = None
+    """Uploads leave in secure sums alone."""
 
     def before(self, t: int, forget: Sequence[Job] = ()) -> Simulation[Any]:
         """The simulation with what clients kept before round t: a server that was killed may ask for a round again.

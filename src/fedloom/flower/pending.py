@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedloom.engine import Job
 from fedloom.flower import codec
 from fedloom.flower.message import WireError, pack, printable, unpack
 from fedloom.flower.transport import Reply, Transport
+
+COUNTED = ("exchange", "unmask")
+"""What is asked in a round: its bytes are."""
+
+
+@dataclass(frozen=True)
+class Say:
+    """What a message says besides, to every node alike."""
+
+    header: Mapping[str, Any] = field(default_factory=dict)
+    parts: Sequence[bytes] = ()
+    """After those of the clients."""
+
+
+NOTHING = Say()
 
 
 @dataclass(eq=False)
@@ -20,11 +35,12 @@ class Asked:
 
     node: int
     do: str
-    """`hello`, `exchange`, `personal`, `evaluate` or `export`."""
+    """`hello`, `keys`, `exchange`, `unmask`, `personal`, `evaluate` or `export`."""
     t: int = 0
     exchange: int = 1
     """Of the round, from 1."""
     jobs: Sequence[Job] = ()
+    say: Say = NOTHING
     number: int = 0
     """Given when it is sent: grows within a session."""
     with_setup: bool = False
@@ -35,7 +51,7 @@ class Asked:
 
     def forget(self) -> None:
         """Let go of the tensors: nobody will use the answer."""
-        self.jobs = [(client, {}) for client, _ in self.jobs]
+        self.jobs, self.say = [(client, {}) for client, _ in self.jobs], Say()
 
 
 @dataclass(frozen=True)
@@ -81,7 +97,7 @@ class Pending:
         if (id := self.transport.push(asked.node, data, ttl_s)) is None:
             return False
         self._waiting[id] = asked
-        self.wire["down"] += len(data) if asked.do == "exchange" else 0
+        self.wire["down"] += len(data) if asked.do in COUNTED else 0
         return True
 
     def receive(self) -> list[Answered | Refused]:
@@ -97,7 +113,7 @@ class Pending:
 
     def _packed(self, asked: Asked) -> bytes:
         form: codec.Form = "raw" if self.form == "int8" else self.form  # int8 is for differences
-        header = {
+        header = dict(asked.say.header) | {
             "do": asked.do,
             "session": self._session,
             "number": asked.number,
@@ -107,7 +123,7 @@ class Pending:
         }
         if asked.with_setup:
             header["setup"] = self._setup
-        return pack(header, [codec.encode(state, form) for _, state in asked.jobs])
+        return pack(header, [*(codec.encode(state, form) for _, state in asked.jobs), *asked.say.parts])
 
     def _opened(self, asked: Asked, reply: Reply) -> Answered | Refused:
         try:
@@ -118,7 +134,7 @@ class Pending:
     def _checked(self, asked: Asked, reply: Reply) -> Answered | Refused:
         if reply.data is None:
             return Refused(asked, printable(reply.fault or "no answer"))
-        self.wire["up"] += len(reply.data) if asked.do == "exchange" else 0
+        self.wire["up"] += len(reply.data) if asked.do in COUNTED else 0
         header, parts = unpack(reply.data)
         want = {"session": self._session, "number": asked.number, "do": asked.do, "t": asked.t}
         got = {key: header.get(key) for key in want}

@@ -9,6 +9,7 @@ from fedloom.client import Failure
 from fedloom.core import Exchange, Method, Round, Trained, Work
 from fedloom.engine import Answer, Job, Total, asked_too_often, ended_too_soon
 from fedloom.flower import answers
+from fedloom.flower.pending import NOTHING, Say
 
 if TYPE_CHECKING:
     from fedloom.flower.coordinator import Coordinator
@@ -33,7 +34,11 @@ class RemoteVisits:
             for client, _ in self._ended(asked):
                 yield Failure(client, "its visit has ended, the others' go on")
             asked = [job for job in asked if job[0].id in self._waiting]
-        yield from self._answers(asked)
+        yield from self._results(asked, x)
+
+    def _results(self, jobs: list[Job], x: Exchange[Any]) -> Iterator[Answer | Failure | Total]:
+        """What comes of the clients that are asked."""
+        return self._answers(jobs)
 
     def serve(self, work: Work) -> Trained:
         return self._coordinator.local.visits(self._method, self._round).serve(work)
@@ -52,7 +57,7 @@ class RemoteVisits:
             raise asked_too_often(self._round.t, jobs[0][0])
         return ended
 
-    def _answers(self, jobs: list[Job]) -> Iterator[Answer | Failure]:
+    def _answers(self, jobs: list[Job], say: Say = NOTHING) -> Iterator[Answer | Failure]:
         at, came, seconds = self._coordinator, 0, 0.0
         enough = at.policy.enough
 
@@ -60,7 +65,7 @@ class RemoteVisits:
             return enough is not None and came >= enough
 
         self._waiting.clear()
-        for one in at.ask("exchange", jobs, self._round.t, self._exchanges, done):
+        for one in at.ask("exchange", jobs, self._round.t, self._exchanges, done, say):
             if isinstance(one, Failure):
                 yield one
                 continue

@@ -12,20 +12,24 @@ import logging
 import math
 import os
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from fedloom.checkpoint import ClientStates
 from fedloom.client import Client, Failure
 from fedloom.engine import Answer, Job
-from fedloom.errors import ConfigError, FedloomError, MethodError
+from fedloom.errors import ConfigError, FedloomError, MethodError, RoundError
 from fedloom.flower import codec, ipc
 from fedloom.flower.message import WireError, pack, printable, unpack
 from fedloom.flower.node_visits import NodeRun, NodeVisits, lost_visit
 from fedloom.state import State
+
+if TYPE_CHECKING:
+    from fedloom.flower.sum_wire import Told
 
 log = logging.getLogger("fedloom.node")
 
@@ -94,7 +98,7 @@ class Worker:
             run = self._admitted(header)
             more, blobs = self._done(run, header, parts)
             return pack(head | more, blobs)
-        except (WireError, Refused, ConfigError, MethodError) as error:
+        except (WireError, Refused, ConfigError, MethodError, RoundError) as error:
             log.warning("refused: %s", printable(error))
             more = {"unknown": True} if isinstance(error, Unknown) else {}
             return pack(head | {"refused": printable(error)} | more)
@@ -138,8 +142,9 @@ class Worker:
     ) -> tuple[dict[str, Any], list[bytes]]:
         do, t = header["do"], int(header["t"])
         if do == "hello":
-            return {"clients": [client.to_dict() for client in run.clients]}, []
+            return {"clients": [client.to_dict() for client in run.clients]} | _keys(run, list(run.clients)), []
         jobs = self._jobs(header, parts)
+        told = self._told(run, header, parts)
         log.info(
             "%s %d: process %d, base model loaded %d time(s), clients %s",
             *(do, t, os.getpid(), self._node.loads, ", ".join(client.id for client, _ in jobs)),
@@ -150,12 +155,25 @@ class Worker:
                 self._claim(run.folder, jobs)
                 came = self._exchange(run, t, header["exchange"], jobs)
                 self._claim(run.folder, jobs)
+                if told is not None:
+                    came = _masked(run, t, came, dict(jobs), told)
                 seconds = time.perf_counter() - start
                 said, blobs = self._encoded(run, came, dict(jobs), t, header["exchange"])
                 return {"results": said, "seconds": seconds}, blobs
+            case "keys":
+                return _keys(run, [client for client, _ in jobs]), []
+            case "unmask" if run.sums is not None and told is not None:
+                sums, present = run.sums, header.get("present")
+                given = [sums.unmasked(client, boxes, told, present) for client, boxes in jobs]
+                said = [_said(one) for one in given]
+                return {"results": said}, [codec.encode(one.state) for one in given if isinstance(one, Answer)]
             case "personal":
                 trained = list(run.before(t, jobs).personal(run.method, jobs, t))
+                if run.sums is not None:  # a client's own numbers stay with it
+                    trained = [replace(one, metrics={}) if isinstance(one, Answer) else one for one in trained]
                 return {"results": [_said(one) for one in trained], "seconds": time.perf_counter() - start}, []
+            case "evaluate" if run.sums is not None:
+                raise Refused("one client's scores are not told under privacy.secure_aggregation")
             case "evaluate":
                 scores = run.before(t + 1).scores(run.method, jobs, t)
                 return {"scores": {key: _finite(values) for key, values in scores.items()}}, []
@@ -171,10 +189,18 @@ class Worker:
             raise WireError("names no clients")
         if strange := [str(id) for id in asked if not isinstance(id, str) or id not in self._clients]:
             raise Refused(f"clients {', '.join(strange)} do not live here")
-        if len(asked) != len(parts):
+        if len(asked) != len(parts) - _has_thin(header):
             raise WireError(f"has tensors for {len(parts)} of {len(asked)} clients")
         # Identity and budget are the node's own, whatever the server says.
-        return [(self._clients[id], codec.decode(part)) for id, part in zip(asked, parts, strict=True)]
+        return [(self._clients[id], codec.decode(part)) for id, part in zip(asked, parts, strict=False)]
+
+    def _told(self, run: NodeRun, header: dict[str, Any], parts: list[memoryview]) -> Told | None:
+        """What the sum is that uploads go into; None where each goes by itself."""
+        if header["do"] not in ("exchange", "unmask") or (run.sums is None and "sum" not in header):
+            return None
+        if run.sums is None:
+            raise Refused("asks for a secure sum, and this node's run has none")
+        return run.sums.told(header.get("sum"), header["t"], parts[-1] if _has_thin(header) else None)
 
     def _claim(self, folder: Path, jobs: list[Job]) -> None:
         """Note on disk which message trains these clients. Raises Refused if a later one does, or did, in another worker.
@@ -221,6 +247,34 @@ class Worker:
                 int8 = self._form == "int8"
                 blobs.append(_with_feedback(lost, result, given, t) if int8 else codec.encode(result.state, self._form))
         return said, blobs
+
+
+def _has_thin(header: dict[str, Any]) -> int:
+    """Parts of a message besides those of its clients: which numbers are not summed."""
+    said = header.get("sum")
+    return int(isinstance(said, dict) and said.get("thin") is True)
+
+
+def _keys(run: NodeRun, clients: list[Client]) -> dict[str, Any]:
+    """The keys of clients for the run's secure sums, where it has any."""
+    if run.sums is None:
+        return {}
+    return {"keys": {key: [x.hex() for x in pair] for key, pair in run.sums.announced(clients).items()}}
+
+
+def _masked(
+    run: NodeRun, t: int, came: list[tuple[Answer | Failure, bool]], received: dict[Client, State], told: Told
+) -> list[tuple[Answer | Failure, bool]]:
+    """Every upload under its masks: from here on nobody can read one."""
+    assert run.sums is not None
+    made: list[tuple[Answer | Failure, bool]] = []
+    for one, waits in came:
+        if isinstance(one, Answer):
+            visit = run.simulation.visit(one.client, t)
+            made.append((run.sums.masked(run.method, one, received[one.client], visit, told), waits))
+        else:
+            made.append((one, waits))
+    return made
 
 
 def _said(result: Answer | Failure) -> dict[str, Any]:

@@ -87,11 +87,6 @@ class Masked:
     hashes: dict[str, bytes]
     """Neighbour, or OWN -> sha256 of the seed, 16 bytes: whoever combines shares sees that they fit."""
 
-    @property
-    def overhead(self) -> int:
-        """Bytes beside the words."""
-        return sum(map(len, self.boxes.values())) + sum(map(len, self.hashes.values()))
-
 
 class Party:
     """One client in one secure sum."""
@@ -106,7 +101,7 @@ class Party:
             )
         self.me, self.terms, self.memory = me, terms, memory
         around, self._threshold = terms.graph()
-        self._groups = {j: sorted([j, *around[j]]) for j in (me, *around[me])}
+        self._groups = {j: sorted([j, *around[j]]) for j in sorted([me, *around[me]])}
         self._secrets = {j: key.shared(terms.keys[j]) for j in around[me]}
 
     def mask(self, words: Tensor, digest: bytes = b"") -> Masked:
@@ -151,15 +146,11 @@ class Party:
         own = self.memory.kept(self.me, *self.terms.context)
         shares = {j: own if j == self.me else self._opened(j, boxes) for j in asked}
         self.memory.answer(self.me, *self.terms.context, there)
-        return {j: self._revealed(j, share, there) for j, share in shares.items()}
+        return {j: self._revealed(j, shares[j], names) for j, names in revealed(self.terms, self.me, there).items()}
 
-    def _revealed(self, j: str, share: bytes, there: set[str]) -> dict[str, bytes]:
-        """Of the seeds of j: its own, and those that it shares with who is not there."""
-        return {
-            name: share[at * SEED : (at + 1) * SEED]
-            for at, name in enumerate(seed_names(j, self._groups[j]))
-            if name == OWN or name not in there
-        }
+    def _revealed(self, j: str, share: bytes, names: Collection[str]) -> dict[str, bytes]:
+        at = {name: i * SEED for i, name in enumerate(seed_names(j, self._groups[j]))}
+        return {name: share[at[name] : at[name] + SEED] for name in names}
 
     def _opened(self, j: str, boxes: Mapping[str, bytes]) -> bytes:
         if j not in boxes:
@@ -185,35 +176,41 @@ class Aggregator:
 
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
-        self._around, self._threshold = terms.graph()
-        self._sum: Tensor | None = None
-        self._boxes: dict[str, dict[str, bytes]] = {}
-        self._hashes: dict[str, dict[str, bytes]] = {}
+        self.total: Tensor | None = None
+        """The sum of what was taken, under masks."""
+        self.boxes: dict[str, dict[str, bytes]] = {}
+        """Client -> neighbour -> box."""
+        self.hashes: dict[str, dict[str, bytes]] = {}
+        self._around, self.threshold = terms.graph()
 
     @property
     def present(self) -> list[str]:
         """Who answered, by id."""
-        return sorted(self._boxes)
+        return sorted(self.boxes)
+
+    def overhead(self, client: str) -> int:
+        """Bytes that a client sent beside its words."""
+        return sum(map(len, self.boxes[client].values())) + sum(map(len, self.hashes[client].values()))
 
     def take(self, client: str, masked: Masked) -> None:
         """Add one client's masked words. Raises RoundError for an answer that does not fit."""
         around = set(self._around.get(client, ()))
-        if client in self._boxes or not around:
+        if client in self.boxes or not around:
             raise RoundError(f"client {client!r} " + ("sent two uploads" if around else "was not asked"))
         if masked.boxes.keys() != around or masked.hashes.keys() != around | {OWN}:
             raise RoundError(f"client {client!r} sent boxes for others than its neighbours")
-        if self._sum is not None and (self._sum.shape, self._sum.dtype) != (masked.words.shape, masked.words.dtype):
-            raise RoundError(f"client {client!r} sent {len(masked.words)} words, expected {len(self._sum)}")
-        self._sum = masked.words.clone() if self._sum is None else self._sum + masked.words
-        self._boxes[client], self._hashes[client] = masked.boxes, masked.hashes
+        if self.total is not None and (self.total.shape, self.total.dtype) != (masked.words.shape, masked.words.dtype):
+            raise RoundError(f"client {client!r} sent {len(masked.words)} words, expected {len(self.total)}")
+        self.total = masked.words.clone() if self.total is None else self.total + masked.words
+        self.boxes[client], self.hashes[client] = masked.boxes, masked.hashes
 
     def boxes_for(self, client: str) -> dict[str, bytes]:
         """Sender -> the box that it sealed for this client."""
-        return {j: boxes[client] for j, boxes in self._boxes.items() if client in boxes}
+        return {j: boxes[client] for j, boxes in self.boxes.items() if client in boxes}
 
     def require_enough(self) -> None:
         """Raise RoundError if no client would open the sum of those who are present."""
-        there, least = set(self._boxes), self.terms.least
+        there, least = set(self.boxes), self.terms.least
         if len(there) < least:
             raise RoundError(
                 f"round {self.terms.t}: {len(there)} of {len(self.terms.keys)} clients sent a masked upload, expected at least "
@@ -223,7 +220,7 @@ class Aggregator:
     def open(self, answers: Mapping[str, Shares]) -> Tensor:
         """The sum of the words of all who are present. Raises RoundError if too few shares came, or they do not fit."""
         self.require_enough()
-        total, there = self._sum, set(self._boxes)
+        total, there = self.total, set(self.boxes)
         assert total is not None
         for j in self.present:
             total = total - mask(self._seed(j, OWN, answers), total)
@@ -240,13 +237,13 @@ class Aggregator:
             for at, i in enumerate(group, 1)
             if i in answers and len(answers[i].get(j, {}).get(name, b"")) == SEED
         }
-        if len(shares) < self._threshold:
+        if len(shares) < self.threshold:
             raise RoundError(
-                f"{len(shares)} clients gave shares for the mask of {j!r}, expected at least {self._threshold} of {len(group)}"
+                f"{len(shares)} clients gave shares for the mask of {j!r}, expected at least {self.threshold} of {len(group)}"
             )
-        for places in islice(combinations(shares, self._threshold), TRIES):
+        for places in islice(combinations(shares, self.threshold), TRIES):
             seed = shamir.combine({at: shares[at] for at in places})
-            if hmac.compare_digest(fingerprint(seed), self._hashes[j][name]):
+            if hmac.compare_digest(fingerprint(seed), self.hashes[j][name]):
                 return seed
         raise RoundError(f"the shares for the mask of {j!r} do not fit what it announced: some were changed")
 
@@ -254,6 +251,17 @@ class Aggregator:
 def shares_size(shares: Shares) -> int:
     """Bytes of the shares that a client gives."""
     return sum(len(share) for by in shares.values() for share in by.values())
+
+
+def revealed(terms: Terms, client: str, present: Collection[str]) -> dict[str, list[str]]:
+    """Whose shares a client gives to open the sum of `present`: of a neighbour who is there its own seed, and those that it
+    shares with who is not. In the order of ids."""
+    around, there = terms.graph()[0], set(present)
+    return {
+        j: [name for name in seed_names(j, [j, *around[j]]) if name == OWN or name not in there]
+        for j in sorted([client, *around[client]])
+        if j in there
+    }
 
 
 def seed_names(j: str, group: Collection[str]) -> list[str]:

@@ -109,7 +109,7 @@ class _OneSum:
         masked = party.mask(words)
         self.server.take(client.id, masked)
         self.parties[client.id] = party
-        self.sizes[client.id] = plan.sizes() | {"masks": masked.overhead}
+        self.sizes[client.id] = plan.sizes() | {"masks": self.server.overhead(client.id)}
         return None
 
     def open(self) -> Total:

@@ -78,8 +78,10 @@ def planned(
     t: int,
     part: int,
     keys: Mapping[str, bytes],
+    attempt: bytes | None = None,
 ) -> SumPlan:
-    """The plan of a sum of these clients. Raises MethodError or RoundError where no sum can be."""
+    """The plan of a sum of these clients; `attempt` is that of one that was begun. Raises MethodError or RoundError where
+    no sum can be."""
     if isinstance(x, Each):
         raise MethodError(f"{method.name} awaits Each: it reads every upload, and a secure sum hides them")
     weights = {client.id: x.weight(client) for client in clients}
@@ -88,7 +90,7 @@ def planned(
     layout, cover = _cover(method, x, clients, sites, t)
     thin = _thin(method, x, clients, rule, t, cover)
     about = about_sum(shares, thin, layout.digest)
-    terms = rule.terms(run, t, part, keys, os.urandom(16), about)
+    terms = rule.terms(run, t, part, keys, attempt or os.urandom(16), about)
     noise = None
     if isinstance(method, ClientLevel) and method.noise == "clients" and method.noise_multiplier > 0:
         reach = method.reach(x.send(clients[0]))
