@@ -31,7 +31,7 @@ def contribution(
         raise ValueError(why)
     wide = method.spread(upload, received, visit)
     own = Layout.of(wide)
-    if own.digest != layout:
+    if own.digest != layout or own.size != len(thin):
         raise ValueError("the upload has other tensors than the sum")
     vector = own.vector(wide)
     if thin.any():

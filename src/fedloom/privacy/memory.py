@@ -35,7 +35,7 @@ class Memory:
             raise RoundError(f"round {t}: client {client!r} has masked for this attempt before: it does so once")
         if (client_round := _key(client, run, t, part)) in self._opened:
             raise RoundError(
-                f"round {t}: client {client!r} has opened a sum of {', '.join(self._opened[client_round])} in this round: "
+                f"round {t}: client {client!r} has opened a sum of {', '.join(self._opened[client_round][1:])} in this round: "
                 "it masks for no second one"
             )
         self._shares[key] = ""
