@@ -27,6 +27,7 @@ from fedloom.flower.sandbox import Deployment, environment, free_ports, lend, su
 from fedloom.flower.supervisor import Program, Supervisor
 from fedloom.flower.transport import GridTransport
 from fedloom.loop import federate
+from fedloom.privacy.secure_visits import SecureSimulation, SecureSums, SecureVisits
 from fedloom.runs import run as runs
 from fedloom.runs.config import RunConfig, parse
 from fedloom.runs.experiment import experiment
@@ -193,6 +194,73 @@ def test_a_quorum_that_is_missed_stops_the_run_at_its_checkpoint(
         runs.start(parse(values, "test"), tmp_path / "run", transport=machines.transport)
     result = runs.resume(tmp_path / "run", transport=machines.transport)
     assert [r["round"] for r in result.rounds] == [0, 1] and result.rounds[1]["dropped"] == {}
+
+
+class AbsentSecure(SecureSimulation[Any]):
+    """Secure sums in this process, where some clients are lost before their upload in some rounds."""
+
+    missing: dict[int, set[str]]
+
+    def visits(self, method: Method, round: Round) -> SecureVisits[Any]:
+        return _AbsentSecureVisits(self, method, round, self.sums)
+
+
+class _AbsentSecureVisits(SecureVisits[Any]):
+    def run(self, jobs: Iterable[Job]) -> Iterator[Answer | Failure]:
+        assert isinstance(self.engine, AbsentSecure)
+        gone, every = self.engine.missing.get(self.round.t, set()), list(jobs)
+        yield from (Failure(client, "missing") for client, _ in every if client.id in gone)
+        yield from super().run([job for job in every if job[0].id not in gone])
+
+
+def test_a_client_killed_within_a_secure_sum_and_the_bytes_of_the_simulator(
+    machines: Machines, settings: Settings, tmp_path: Path
+) -> None:
+    """Its worker is killed between training and its upload, then between its upload and the opening of the sum."""
+    values = settings(
+        method={"name": "fedit"},
+        clients={"count": 3},
+        train={"rounds": 2, "evaluate_every": 0, "local_steps": 2},
+        engine={"name": "flower", "cohort": 1, "deadline_s": 30.0},
+        privacy={"secure_aggregation": True, "min_clients": 2},
+    )
+    config = parse(values, "test")
+    e = experiment(config)
+    victim = e.clients[1].id  # alone on its node
+    killed: list[tuple[str, int]] = []
+
+    def rule(k: int) -> Callable[[bytes, Callable[[bytes], bytes]], bytes]:
+        def kills(message: bytes, worker: Callable[[bytes], bytes]) -> bytes:
+            header, answer = unpack(message)[0], b""
+            at = header["do"], header["t"]
+            if header["do"] != "unmask":
+                answer = worker(message)
+            if header["clients"] == [victim] and at in (("exchange", 1), ("unmask", 2)) and at not in killed:
+                pid = machines.supervisor.ids[f"worker-{k}"]
+                assert pid is not None
+                os.kill(pid, signal.SIGKILL)
+                killed.append(at)
+                return b""
+            return answer or worker(message)
+
+        return kills
+
+    for k, middle in enumerate(machines.middle):
+        middle.rules = [rule(k)] * 20
+    result = runs.start(config, tmp_path / "run", transport=machines.transport)
+    for middle in machines.middle:
+        middle.rules = []
+    assert killed == [("exchange", 1), ("unmask", 2)]
+    assert [set(r["dropped"]) for r in result.rounds] == [set(), {victim}, set()]
+    assert f"without shares of {victim}" in " ".join(result.rounds[2]["engine"]["notes"])
+    assert result.rounds[2]["bytes_up"]["masks"] > 0 and result.rounds[2]["train_loss"] is None
+
+    engine = AbsentSecure(e.trainer, e.sites, e.rows_of, fresh=e.head, cohort=1)
+    engine.sums, engine.missing = SecureSums(least=2), {1: {victim}}
+    want = federate(e.method, engine, e.initial_state(), e.clients, 2)
+    assert same(final(tmp_path / "run"), want)
+    plain = parse(values | {"engine": {"cohort": 1}}, "test")
+    assert not same(want, final(runs.start(plain, tmp_path / "whole").path))
 
 
 def test_a_killed_node_costs_one_deadline_and_its_clients_go_on(

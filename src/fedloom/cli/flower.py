@@ -75,8 +75,9 @@ def node(
     """
     from fedloom.data import load
     from fedloom.flower.answers import is_client_id
-    from fedloom.runs import config
+    from fedloom.runs import config, secure_sums
     from fedloom.runs import flower_node as nodes
+    from fedloom.runs.plan import absolute
 
     if not is_client_id(id_):
         raise ConfigError(f"--id is {id_!r}, expected letters, digits, dots, dashes and underscores")
@@ -85,9 +86,33 @@ def node(
     if eval_data is not None:
         config.put(values, "task.eval_data", eval_data)
     values["clients"] = {"count": 1, "keep": keep} | ({} if rank is None else {"ranks": rank})
-    settings = config.parse(values, str(file))
+    settings = absolute(config.parse(values, str(file)))
     load.load(data)  # what is wrong with the file is told here, to who can mend it
+    made = nodes.remote_node(settings, id_, folder.resolve())
+    if secure_sums.wanted(settings):
+        show.say(f'{id_} = "{secure_sums.identity(folder.resolve()).name}"')
+        if secure_sums.roster(settings) is None:
+            show.err.print(f"warning: {secure_sums.UNAUTHENTICATED}", soft_wrap=True)
     try:
-        nodes.serve(nodes.remote_node(settings, id_, folder.resolve()), socket.resolve(), settings.engine.threads)
+        nodes.serve(made, socket.resolve(), settings.engine.threads)
     except OSError as error:
         raise RunError(f"cannot listen at {socket}: {error.strerror or error}") from None
+
+
+def identity(
+    id_: Annotated[str, typer.Argument(metavar="ID", help="The name of this client.")],
+    folder: Annotated[
+        Path, typer.Option(metavar="DIR", help="As of `fedloom node`; the key is made if missing.")
+    ] = Path("fedloom-node"),
+) -> None:
+    """Print this site's line of the roster of secure sums (privacy.roster). Its key stays in the folder.
+
+    Example: fedloom identity north --folder ~/fedloom
+    """
+    from fedloom.flower.answers import is_client_id
+    from fedloom.runs import private, secure_sums
+
+    if not is_client_id(id_):
+        raise ConfigError(f"ID is {id_!r}, expected letters, digits, dots, dashes and underscores")
+    private.need_installed("cryptography")
+    show.say(f'{id_} = "{secure_sums.identity(folder.resolve()).name}"')

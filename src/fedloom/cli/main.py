@@ -263,6 +263,7 @@ app.command(cls=Command)(privacy.plan)
 app.command(cls=Command)(privacy.audit)
 app.command(cls=Command)(flower.serve)
 app.command(cls=Command)(flower.node)
+app.command(cls=Command)(flower.identity)
 
 
 def call(args: list[str] | None = None) -> int:

@@ -99,7 +99,8 @@ class Coordinator:
                     f"{now} of {count} {what} were there within {patience_s:.0f} s "
                     f"({', '.join(sorted(self.directory.announced)) or 'no client'}){why}. Start the others, then resume"
                 )
-            self.on_status(f"waiting for {what}: {now} of {count} are there")
+            why = "".join(f"; a node refused: {reason}" for _, reason in self.directory.refused.values())
+            self.on_status(f"waiting for {what}: {now} of {count} are there{why}")
             self.discover()
             time.sleep(POLL_S)
 

@@ -18,8 +18,9 @@ from fedloom.flower.message import WireError
 from fedloom.flower.sum_wire import Told
 from fedloom.privacy.contribution import contribution
 from fedloom.privacy.exchange import Party
-from fedloom.privacy.keys import Identity, Roster, RunKey, check_signature, secret_file
+from fedloom.privacy.keys import Identity, Roster, RunKey, check_signature
 from fedloom.privacy.memory import Memory
+from fedloom.privacy.secret import secret_file
 from fedloom.privacy.sum_plan import Rule
 from fedloom.state import State
 

@@ -107,6 +107,11 @@ READERS = {
 
 def _engine(c: RunConfig, name: str) -> Iterator[str]:
     engine = c.engine
+    if c.privacy is not None and c.privacy.roster is not None:
+        if not c.privacy.secure_aggregation:
+            yield "privacy.roster is set without secure_aggregation, whose keys it is of: remove it, or set that to true"
+        elif engine.superlink is None:
+            yield "privacy.roster is set, but all clients are on this machine: remove it, or start the run with `fedloom serve`"
     where = "in this process" if name == "inprocess" else f"by engine.name = {name!r}"
     for key, readers in READERS.items():
         if name not in readers:

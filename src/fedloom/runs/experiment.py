@@ -279,6 +279,7 @@ def with_clients(made: Experiment, clients: list[Client]) -> Experiment:
     """The experiment with the clients that announced themselves. Raises ConfigError if the method cannot follow them."""
     for client in clients:
         made.method.check(client)
+    private.check_clients(made.config, clients)
     return replace(made, clients=clients)
 
 

@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,12 +23,15 @@ from fedloom.errors import ConfigError
 from fedloom.flower.node_visits import NodeRun
 from fedloom.flower.worker import Worker
 from fedloom.models.huggingface import Base
-from fedloom.runs import evaluate, export
+from fedloom.runs import evaluate, export, secure_sums
 from fedloom.runs.config import RunConfig, parse
 from fedloom.runs.experiment import Experiment, experiment
 from fedloom.runs.plan import Plan, plan
 from fedloom.runs.tables import Tables, tables
 from fedloom.simulation import Simulation
+
+if TYPE_CHECKING:
+    from fedloom.privacy.keys import Identity
 
 LOCAL = {
     "model": ("name", "device", "attention", "checkpointing"),
@@ -43,6 +46,8 @@ def agreement(config: RunConfig) -> dict[str, Any]:
     shared = {name: values[name] for name in ("seed", "model", "task", "lora", "method", "train", "privacy")}
     for section, keys in LOCAL.items():
         shared[section] = {key: x for key, x in shared[section].items() if key not in keys}
+    if shared["privacy"] is not None:  # whatever the file is called here, it says the same everywhere
+        shared["privacy"] = shared["privacy"] | {"roster": secure_sums.roster(config)}
     return shared
 
 
@@ -70,6 +75,9 @@ class Agreed:
     labels: list[str] | None = None
     """The run's, where the rows here are not the server's."""
     metrics: list[str] | None = None
+    run: str = ""
+    """Its name."""
+    identity: Identity | None = None
     client: str | None = None
     """The only client, who has all rows; None for those of the partition."""
 
@@ -133,7 +141,8 @@ class FlowerNode:
             score=lambda work: evaluate.score(e, work),
             write=lambda client, work: export.write(e, work, agreed.folder / "clients" / client / "adapter"),
         )
-        return NodeRun(e.clients, e.method, simulation, agreed.folder)
+        sums = secure_sums.at_node(e.config, agreed.run, agreed.folder, agreed.identity)
+        return NodeRun(e.clients, e.method, simulation, agreed.folder, sums)
 
 
 def local_node() -> FlowerNode:
@@ -141,13 +150,21 @@ def local_node() -> FlowerNode:
 
     def agree(setup: dict[str, Any]) -> Agreed:
         config = parse(tomllib.loads(setup["config"]), "the server's configuration")
-        return Agreed(plan(config), Path(setup["folder"]))
+        return Agreed(plan(config), Path(setup["folder"]), run=str(setup["run"]))
 
     return FlowerNode(agree)
 
 
 def remote_node(config: RunConfig, client: str, folder: Path) -> FlowerNode:
-    """A node with its own rows, those of `config.task.data`, and its one client's budget in `config.clients`."""
+    """A node with its own rows, those of `config.task.data`, and its one client's budget in `config.clients`.
+
+    Raises ConfigError for a run file that no server could use, or a roster that has another identity for this client.
+    """
+    planned = plan(config)
+    who: Identity | None = None
+    if secure_sums.wanted(config):
+        who = secure_sums.identity(folder)
+        secure_sums.check_identity(config, client, who)
 
     def agree(setup: dict[str, Any]) -> Agreed:
         if wrong := differences(agreement(config), setup.get("agreement")):
@@ -156,7 +173,7 @@ def remote_node(config: RunConfig, client: str, folder: Path) -> FlowerNode:
         run = str(setup.get("run"))
         if not (run.isascii() and run.isalnum()):
             raise ConfigError("the server's run has no name")
-        return Agreed(plan(config), folder / run, labels, metrics, client)
+        return Agreed(planned, folder / run, labels, metrics, run, who, client)
 
     return FlowerNode(agree)
 

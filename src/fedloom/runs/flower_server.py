@@ -16,6 +16,7 @@ from fedloom.flower import sandbox
 from fedloom.flower.codec import Form
 from fedloom.flower.coordinator import Coordinator, RoundPolicy
 from fedloom.flower.transport import Transport
+from fedloom.runs import secure_sums
 from fedloom.runs.config import ClientsSection, RunConfig
 from fedloom.runs.experiment import Experiment, with_clients
 from fedloom.runs.flower_node import agreement, local_worker
@@ -60,6 +61,8 @@ def connected(
     what that does not prevent. With it, what of [clients] has no effect.
     """
     c = e.config.engine
+    if (said := secure_sums.warning(e.config)) is not None:
+        on_warning(said)
     if c.superlink is not None:
         if unused := [key for key in BROUGHT if getattr(e.config.clients, key) != getattr(ClientsSection(), key)]:
             on_warning(f"{', '.join(f'clients.{key}' for key in unused)}: of no effect, as each node brings its own")
@@ -86,9 +89,10 @@ def coordinator(
     transport: Transport, run: RunDirectory, e: Experiment, local: Engine, on_status: Callable[[str], None]
 ) -> tuple[Coordinator, Experiment]:
     """The engine over a transport once the run's clients have announced themselves, and the experiment with those."""
-    c = e.config
+    c, secure = e.config, run.path / "secure"
+    name = f"{run.path.resolve()} {digest_file(run.config_file)}{secure_sums.nonce(c, secure)}"
     setup = {
-        "run": hashlib.sha256(f"{run.path.resolve()} {digest_file(run.config_file)}".encode()).hexdigest()[:16],
+        "run": hashlib.sha256(name.encode()).hexdigest()[:16],
         "agreement": agreement(c),
         "labels": e.tables.labels,
         "metrics": e.tables.metrics,
@@ -107,6 +111,7 @@ def coordinator(
         roster=e.clients if here else None,
         check=e.method.check,
         metrics=("loss", *e.tables.metrics),
+        sums=secure_sums.at_server(c, str(setup["run"]), secure),
         on_status=on_status,
     )
     if here:

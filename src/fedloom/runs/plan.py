@@ -132,6 +132,8 @@ def absolute(config: RunConfig) -> RunConfig:
     for budget in BUDGETS.values():
         if isinstance(values["clients"][budget.key], str):
             values["clients"][budget.key] = resolve(values["clients"][budget.key])
+    if config.privacy is not None:
+        values["privacy"]["roster"] = resolve(config.privacy.roster)
     if config.network is not None:
         values["network"] = {key: resolve(name) for key, name in values["network"].items()}
     return RunConfig.model_validate(values)

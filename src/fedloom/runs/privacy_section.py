@@ -23,6 +23,8 @@ class PrivacySection(Section):
     """Largest size of a number in a secure sum: a client with a larger one leaves the round."""
     bits: Literal[32, 64] = 64
     """Of a number in a secure sum; 32 with a small limit, about 1."""
+    roster: str | None = None
+    """A TOML file, client = "ed25519:...", of the sites' identities: their keys for secure sums are authenticated by it."""
 
     unit: Literal["client", "example"] | None = None
     """Differential privacy of all of a client's rows, or of each row; without it, none."""

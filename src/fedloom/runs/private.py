@@ -123,10 +123,10 @@ def check_method(config: RunConfig, method: Method) -> None:
 
 
 def _check_sums(config: RunConfig, method: Method) -> None:
-    if config.engine.name == "flower":
+    if config.engine.wire != "float32":
         raise ConfigError(
-            f"privacy.secure_aggregation is not built for engine.name = {config.engine.name!r} yet: set it to 'inprocess', or "
-            "secure_aggregation to false"
+            f"engine.wire is {config.engine.wire!r}, but secure sums are of integers, which no rounding may touch: remove it "
+            "(privacy.bits = 32 halves their bytes)"
         )
     if why := describe.sum_obstacle(method):
         fit = [name for name in methods.names() if describe.describe(name).secure_sum == "yes"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fedloom import checkpoint
+from fedloom.errors import RunError
+from fedloom.runs import secure_sums
 from fedloom.runs.experiment import Experiment
 from fedloom.runs.run_directory import RunDirectory, digest_file, digest_files
 
@@ -32,6 +34,12 @@ def whole(run: RunDirectory, manifest: dict[str, Any]) -> bool:
 
 def go_back(run: RunDirectory, t: int) -> None:
     """Make the checkpoint of an earlier round the newest one; records after it go."""
+    config = run.config()
+    if config.engine.name == "flower" and secure_sums.wanted(config):
+        raise RunError(
+            "rounds of secure sums are not done again: clients open one sum in a round, for two would tell of one client. "
+            "Resume without --round, or begin a new run"
+        )
     _, state, client_states, _ = checkpoint.load(run.checkpoint, t)
     checkpoint.save(run.checkpoint, t, state, client_states, keep=t + 2)
     run.keep_rounds(t)
