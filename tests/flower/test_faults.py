@@ -57,7 +57,7 @@ class Machines:
         programs = [Program("superlink", superlink(port), env)]
         for k in range(2):
             programs.append(Program(f"supernode-{k}", supernode(port, runtime[k], self.folder / f"m{k}"), env))
-            programs.append(Program(f"worker-{k}", local_worker(self.folder / f"w{k}", 1), env))
+            programs.append(Program(f"worker-{k}", local_worker(self.folder / f"w{k}", 1), env, restart=True))
         self.supervisor = Supervisor(programs, logs)
         wait_for_port(port, lambda: self.supervisor.running("superlink"), "the SuperLink")
         self.transport = lend(f"127.0.0.1:{port}", self.folder / "home", self.folder / "link")
@@ -221,7 +221,7 @@ def test_a_client_killed_within_a_secure_sum_and_the_bytes_of_the_simulator(
         method={"name": "fedit"},
         clients={"count": 3},
         train={"rounds": 2, "evaluate_every": 0, "local_steps": 2},
-        engine={"name": "flower", "cohort": 1, "deadline_s": 30.0},
+        engine={"name": "flower", "cohort": 1, "deadline_s": 120.0},
         privacy={"secure_aggregation": True, "min_clients": 2},
     )
     config = parse(values, "test")

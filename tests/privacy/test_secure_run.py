@@ -53,7 +53,7 @@ def test_a_secure_run_has_the_plain_runs_adapter(settings: Settings, tmp_path: P
             r"hides single uploads, and fslora needs them",
         ),
         ({"method": {"name": "ravan", "heads": 2}}, r"ravan needs them .*holds integers"),
-        ({"engine": {"name": "flower"}}, r"not built for engine.name = 'flower' yet"),
+        ({"engine": {"name": "flower", "wire": "int8"}}, r"engine.wire is 'int8', but secure sums are of integers"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_read(

@@ -95,5 +95,5 @@ class NodeSums:
     def _file(self, client: str, kind: str) -> Path:
         folder = self.folder / "secure"
         with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(0o700, parents=True, exist_ok=True)  # the shares in it are the client's own
         return folder / f"{client}.{kind}"
