@@ -154,8 +154,10 @@ def methods(
     Example: fedloom methods fslora
     """
     from fedloom.cli import tables
+    from fedloom.runs.plan import own_methods
 
-    tables.print_methods(out, name, json)
+    with own_methods({"name": name}):
+        tables.print_methods(out, name, json)
 
 
 @app.command(cls=Command)

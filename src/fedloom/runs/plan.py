@@ -42,7 +42,7 @@ def plan(config: RunConfig) -> Plan:
     """The plan of a configuration. Raises ConfigError for a method, field or budget that is wrong."""
     lora = {"rank": config.lora.rank, "alpha": config.lora.alpha, "rslora": config.lora.rslora}
     table = config.method.model_dump()
-    with _own_methods(table):
+    with own_methods(table):
         method = private.around(config, methods.build(table, lora))
     budgets = {name: _budget(config, name, method) for name in BUDGETS}
     made = Plan(config, method, budgets)
@@ -56,7 +56,7 @@ def plan(config: RunConfig) -> Plan:
 
 
 @contextmanager
-def _own_methods(table: Mapping[str, Any]) -> Iterator[None]:
+def own_methods(table: Mapping[str, Any]) -> Iterator[None]:
     """Find `own_method:Damped` in the current folder too, after all that is installed: only where a run file names one."""
     here = os.getcwd()
     if here in sys.path or not any(":" in str(t.get("name")) for t in _tables(table)):
