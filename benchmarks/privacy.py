@@ -18,6 +18,7 @@ from machine import describe
 
 from fedloom import RunConfig
 from fedloom.core import Visit
+from fedloom.privacy.client_noise import noisy_terms
 from fedloom.privacy.example_level import Private
 from fedloom.privacy.exchange import Aggregator, Party, Terms
 from fedloom.privacy.fixed_point import FixedPoint
@@ -58,6 +59,21 @@ def secure_sum(n: int, numbers: int) -> None:
         f"{n:4d} clients {numbers * 8 / 1e6:7.1f} MB of words: client {client:8.1f} ms, server {1e3 * opening:8.1f} ms, "
         f"masks and boxes {extra:7d} bytes ({extra / numbers / 8:.3%})"
     )
+
+
+def client_noise(numbers: int) -> None:
+    """One client's share of the noise, for a sum of ten."""
+    keys = {f"c{i}": RunKey().public for i in range(10)}
+    terms, shares = noisy_terms(
+        Terms("run", 1, keys, FixedPoint(10, 1.0)), 1.0, 1.0, torch.ones(numbers, dtype=torch.bool)
+    )
+    words = terms.fixed.encode(torch.rand(numbers))
+    times = []
+    for t in range(3):
+        start = time.process_time()
+        shares.draw(words, bytes(32), t)
+        times.append(time.process_time() - start)
+    print(f"noise from the clients: {1e3 * min(times):.0f} ms of processor time for {numbers:,} numbers at each client")
 
 
 def steps(clients: int) -> None:
@@ -101,6 +117,7 @@ def main() -> None:
     print(describe())
     for n, numbers in SUMS:
         secure_sum(n, numbers)
+    client_noise(450_000)
     if not args.no_steps:
         for clients in (1, 4):
             steps(clients)

@@ -22,10 +22,13 @@ import torch
 from machine import describe
 
 import fedloom
+from fedloom.privacy.attack import interval as binomial
 from fedloom.studies import results
 from fedloom.studies.statistics import Interval, interval
 
 EPSILONS = (2.0, 8.0, math.inf)
+ROWS = 500
+"""Held out."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def config(arm: Arm, epsilon: float, draw: int) -> dict[str, Any]:
     return {
         "seed": draw,
         "model": {"name": "minilm"},
-        "task": {"data": "trec", "limit": 4800, "eval_limit": 500, "metrics": ["accuracy"]},
+        "task": {"data": "trec", "limit": 4800, "eval_limit": ROWS, "metrics": ["accuracy"]},
         "lora": {"targets": ["query", "value"]} | dict(arm.lora),
         "clients": {"count": 4},
         "method": dict(arm.method),
@@ -92,8 +95,16 @@ def scores(out: Path, draws: int) -> dict[str, dict[float, list[float]]]:
     return found
 
 
+def spread(values: list[float]) -> Interval:
+    """95 % interval over draws; of one draw, what the number of held-out rows alone leaves open (Clopper and Pearson)."""
+    if len(values) > 1:
+        return interval(values)
+    low, high = binomial(round(values[0] * ROWS), ROWS)
+    return Interval(values[0], low, high, 1, math.nan)
+
+
 def figure(means: Mapping[str, Mapping[float, Interval]], majority: float, path: Path) -> None:
-    """Mean and 95 % t interval of every method at every epsilon."""
+    """Mean and 95 % interval of every method at every epsilon."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,6 +131,13 @@ def figure(means: Mapping[str, Mapping[float, Interval]], majority: float, path:
     axes.set_ylim(0.0, 1.0)
     axes.set_xlabel("epsilon, every row, delta 1e-5")
     axes.set_ylabel("held-out accuracy after 32 steps")
+    draws = next(iter(next(iter(means.values())).values())).n
+    bars = (
+        f"95 % t intervals over {draws} draws"
+        if draws > 1
+        else f"one draw; 95 % intervals of {ROWS} held-out rows alone"
+    )
+    axes.set_title(f"MiniLM on TREC, 4 clients of 1,200 rows; {bars}", fontsize=9)
     axes.legend(frameon=False, loc="upper left")
     axes.grid(axis="y", alpha=0.3)
     made.savefig(path, dpi=110)
@@ -145,7 +163,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(describe())
     found = scores(args.out, args.draws)
-    means = {label: {e: interval(values) for e, values in row.items()} for label, row in found.items()}
+    means = {label: {e: spread(values) for e, values in row.items()} for label, row in found.items()}
     print(f"most frequent class: {majority(args.draws):.3f}\n")
     print("| method | lr | " + " | ".join(f"epsilon {e:g}" for e in EPSILONS) + " |")
     print("|---" * (2 + len(EPSILONS)) + "|")
