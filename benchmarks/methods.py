@@ -1,35 +1,32 @@
-"""The quickstart with every method: the same data, rounds and seeds, three of them; accuracy with its spread, bytes, seconds.
+"""The quickstart with every method, five paired draws of partition and hold-out: accuracy, difference to FedIT, bytes.
 
-    python benchmarks/methods.py [--seeds 3] [--methods fedit,fslora,...] [--set train.rounds=6]
+    fedloom compare benchmarks/studies/methods.toml --out runs/methods       (about an hour of one core)
+    fedloom compare benchmarks/studies/methods_tuned.toml --out runs/methods_tuned
+    python benchmarks/methods.py runs/methods runs/methods_tuned
 
-Rank budgets 2, 4, 8, 8 where a method follows them, keep budgets 0.5, 0.75, 1, 1 for FedLoDrop, rank 8 for the others. Two
-lines need no federation: the commonest class, and tf-idf with logistic regression on all training rows.
+Two lines need no federation: the commonest class, and tf-idf with logistic regression on all training rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import tempfile
 from pathlib import Path
 
-from machine import describe
-
-import fedloom
-from fedloom import methods
+from fedloom.runs.config import RunConfig
 from fedloom.runs.tables import tables
+from fedloom.studies import summary
+from fedloom.studies.statistics import LEVEL, Interval, difference, holm, interval
+from fedloom.studies.summary import Line
 
-QUICKSTART = Path(fedloom.__file__).parent / "quickstart.toml"
 
-
-def without_federation(seed: int, overrides: list[str]) -> tuple[float, float]:
-    """Held-out accuracy of the commonest class, and of tf-idf + logistic regression."""
+def without_federation(config: dict[str, object]) -> tuple[float, float]:
+    """Held-out accuracy of the commonest class, and of tf-idf + logistic regression, on the rows of one draw."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    rows = tables(fedloom.load_config(QUICKSTART, [f"seed={seed}", *overrides]))
+    rows = tables(RunConfig.model_validate(config))
     text, label = rows.text[0], "label"
     model = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, max_iter=1000)
@@ -42,47 +39,48 @@ def without_federation(seed: int, overrides: list[str]) -> tuple[float, float]:
     )
 
 
+def scores(line: Line) -> list[float]:
+    """By draw; of the clients' own models where there is a personal phase."""
+    if line.personal is None:
+        return [line.by_draw[draw] for draw in sorted(line.by_draw)]
+    traces = sorted(line.traces, key=lambda trace: trace.draw)
+    return [trace.personal["eval"][trace.score] for trace in traces if trace.personal is not None]
+
+
+def shown(x: Interval, sign: str = "") -> str:
+    return f"{x.mean:{sign}.3f} ± {x.high - x.mean:.3f}"
+
+
+def rows(lines: list[Line], reference: list[float]) -> list[str]:
+    """Lines of the table: an asterisk where scores are means over the clients' own models, and "cannot tell" where the paired
+    t test says so, Holm's correction over all lines."""
+    all_scores = [scores(line) for line in lines]
+    against = [difference((x.label, y), ("fedit", reference)) for x, y in zip(lines, all_scores, strict=True)]
+    told_apart = [p < LEVEL for p in holm([d.p for d in against])]
+    table = []
+    for line, mine, gap, clear in zip(lines, all_scores, against, told_apart, strict=True):
+        own = " *" if line.of_clients or line.personal is not None else ""
+        name = f"`{line.label}`" if line.role == "method" else line.label
+        gain = "" if mine == reference else f"{shown(gap.gain, '+')}{'' if clear else ' (cannot tell)'}"
+        cells = [name + own, shown(interval(mine)), gain, f"{line.up / 1e6:.2f} MB", f"{line.down / 1e6:.2f} MB"]
+        table.append(f"| {' | '.join(cells)} |")
+    return table
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", default=",".join(methods.names()))
-    parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--json", type=Path, help="also write every score to this file")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("more", type=Path, nargs="*", help="further studies of the same draws")
     asked = parser.parse_args()
-    print(describe(), flush=True)
-    plain = [without_federation(seed, asked.set) for seed in range(asked.seeds)]
-    for name, scores in zip(("commonest class", "tf-idf + logistic regression"), zip(*plain, strict=True), strict=True):
-        print(f"{name:28} accuracy {statistics.mean(scores):.3f} +- {spread(scores):.3f}", flush=True)
-    every = {}
-    for name in asked.methods.split(","):
-        budgets = methods.get(name).budgets
-        ranks = "[2, 4, 8, 8]" if "rank" in budgets and "keep" not in budgets else "8"
-        keep = "[0.5, 0.75, 1.0, 1.0]" if "keep" in budgets else "1.0"
-        scores, untuned, seconds, up, down = [], [], [], 0, 0
-        for seed in range(asked.seeds):
-            chosen = [f"seed={seed}", f"method.name={name}", f"clients.ranks={ranks}", f"clients.keep={keep}"]
-            config = fedloom.load_config(QUICKSTART, [*chosen, "train.evaluate_every=0", *asked.set])
-            with tempfile.TemporaryDirectory() as folder:
-                result = fedloom.run(config, Path(folder) / "run")
-            rounds = [r for r in result.rounds if r["stage"] != "personal"]
-            untuned.append(rounds[0]["eval"]["accuracy"])
-            scores.append(result.eval["accuracy"])
-            seconds.append(sum(r["seconds"]["train"] for r in result.rounds))
-            up, down = (sum(sum(r[key].values()) for r in rounds) for key in ("bytes_up", "bytes_down"))
-        every[name] = scores
-        print(
-            f"{name:28} accuracy {statistics.mean(scores):.3f} +- {spread(scores):.3f} "
-            f"({', '.join(f'{x:.3f}' for x in scores)}), untuned {statistics.mean(untuned):.3f}, "
-            f"up {up / 1e6:.2f} MB, down {down / 1e6:.2f} MB, training {statistics.median(seconds):.0f} s",
-            flush=True,
-        )
-    if asked.json:
-        asked.json.write_text(json.dumps(every, indent=1))
-
-
-def spread(scores: list[float] | tuple[float, ...]) -> float:
-    """Sample standard deviation; 0 for one score."""
-    return statistics.stdev(scores) if len(scores) > 1 else 0.0
+    first = summary.read([asked.study], "accuracy")
+    fedit = next(line for line in first.lines if line.label == "fedit")
+    reference = scores(fedit)
+    print("| | held-out accuracy | against `fedit`, paired | up | down |\n|---|---|---|---|---|")
+    plain = [without_federation(t.config) for t in sorted(fedit.traces, key=lambda trace: trace.draw)]
+    for name, values in zip(("commonest class", "tf-idf + logistic regression"), zip(*plain, strict=True), strict=True):
+        print(f"| {name} | {shown(interval(values))} | | | |")
+    more = [line for path in asked.more for line in summary.read([path], "accuracy").methods]
+    print("\n".join(rows([*first.lines, *more], reference)))
 
 
 if __name__ == "__main__":
