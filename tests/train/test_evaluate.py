@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedloom.core import Work
 from fedloom.data.batches import Encoded, collate
+from fedloom.errors import ModelError
 from fedloom.train.trainer import Trainer
 
 
@@ -89,3 +90,21 @@ def test_answers_are_those_of_each_prompt_alone(name: str, build: Any, rows: Any
         assert answer == (wanted[: wanted.index(1)] if 1 in wanted else wanted)
     with pytest.raises(ValueError, match="classification"):
         trainer.generate(work, rows(3, "classification"))
+
+
+def test_a_model_that_is_spread_evaluates_and_does_not_train(build: Any, rows: Any, works: Any, tmp_path: Any) -> None:
+    """Over a processor and a disk here, as over several GPUs there."""
+    from accelerate import dispatch_model
+
+    family = build("llama")
+    given, data = works(family)[1], rows(9, family.kind)
+    family.model.float()
+    with Trainer(family.model, family.sites, family.heads, kernels="off") as trainer:
+        whole = trainer.evaluate(given[1], data)
+    spread = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    spread |= {f"model.layers.{i}": "disk" for i in range(1, len(family.model.model.layers))}
+    model = dispatch_model(family.model, spread, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    with Trainer(model, family.sites, family.heads) as trainer:
+        assert trainer.evaluate(given[1], data).loss == pytest.approx(whole.loss, abs=1e-6)
+        with pytest.raises(ModelError, match="spread over 2 devices, and training uses one"):
+            trainer.fit([given], [data], 1)

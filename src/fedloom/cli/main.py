@@ -105,6 +105,10 @@ def evaluate(
         typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness instead: its names, or task files (.yaml)."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="So many rows of each of the tasks.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Instead of the run's model.device; 'split': over all GPUs, then memory."),
+    ] = None,
 ) -> None:
     """Score a finished run again, from the adapter that it saved.
 
@@ -114,6 +118,8 @@ def evaluate(
     from fedloom.runs import finished as saved
 
     if tasks is not None:
+        if device is not None:
+            raise ConfigError("--device is for the run's held-out rows: --tasks are scored on its own model.device")
         from fedloom.runs import harness
 
         for task, scores in harness.evaluate_tasks(path, [x.strip() for x in tasks.split(",")], client, limit).items():
@@ -122,7 +128,7 @@ def evaluate(
         return
     if limit is not None:
         raise ConfigError("--limit is for --tasks: the held-out rows of a run are task.eval_limit's")
-    for name, value in saved.evaluate_saved(path, client).items():
+    for name, value in saved.evaluate_saved(path, client, device).items():
         out.print(f"{name} {value:.6f}")
 
 

@@ -56,6 +56,7 @@ def load_base(
     num_labels: int = 1,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    split: bool = False,
     seed: int = 0,
     attention: str | None = None,
     quantization: Quantization | None = None,
@@ -65,8 +66,9 @@ def load_base(
     Weights are read in `dtype` straight to `device`: of a file of that dtype there is one copy in memory, on a CPU the file's
     own pages. The head is float32 in `Base.head_weights` all the same. A new one is drawn from `seed` alone; torch's global
     generator is left as it was. `attention` is transformers' `attn_implementation`. With `quantization` every linear layer but
-    the heads is coded, one after the other, on its way to the device. Raises ModelError if there is no such model or it does
-    not fit the task, HubError if it is only on a hub that cannot be reached.
+    the heads is coded, one after the other, on its way to the device. With `split` the model is spread over all GPUs, then
+    memory, by accelerate. Raises ModelError if there is no such model or it does not fit the task, HubError if it is only on a
+    hub that cannot be reached.
     """
     source = resolve(name)
     known = packaged.MODELS
@@ -87,8 +89,14 @@ def load_base(
             raise ModelError(
                 f"model {name!r} is quantised already ({coded}): take model.quantization out of the run file"
             )
+        if split and quantization:
+            raise ModelError(
+                f"model {name!r} is to be quantised, on one device, and split over several: choose one of both"
+            )
         # Layers are coded on their way to the device, which need not hold the dense model.
         options = _options(kind, num_labels, dtype, "cpu" if quantization else device, attention)
+        if split:
+            options["device_map"] = "auto"
         if local:
             weights.weight_files(Path(source))  # of a hub id they are not here yet
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source)

@@ -31,7 +31,7 @@ class ModelSection(Section):
     quantization: Literal["nf4", "nf4-double", "int8"] | None = None
     """Of the base's linear layers, the heads apart, with bitsandbytes' codes: a weight takes 4.5, 4.1 or 8 bits."""
     device: str = "auto"
-    """Where it is trained: `cpu`, `cuda`, or one GPU of several, such as `cuda:3`. `auto`: a GPU if there is one."""
+    """Where it is trained: `auto` (a GPU if there is one), `cpu`, `cuda`, or one GPU of several, such as `cuda:3`."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     """Implementation of attention, by transformers' name."""
     checkpointing: bool = False
@@ -40,7 +40,7 @@ class ModelSection(Section):
     @field_validator("device")
     @classmethod
     def _known(cls, device: str) -> str:
-        if re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d{0,3}))?", device) is None:
+        if re.fullmatch(r"auto|split|cpu|cuda(:(0|[1-9]\d{0,3}))?", device) is None:
             raise ValueError(f"{shown(device)} is no device, expected auto, cpu, cuda, or one of several GPUs: cuda:3")
         return device
 

@@ -93,6 +93,11 @@ def _clients(c: RunConfig) -> Iterator[str]:
 
 
 def _train(c: RunConfig) -> Iterator[str]:
+    if c.model.device == "split":
+        yield (
+            "model.device is 'split', but training uses one device, on which the base must fit: set it to 'auto' or one GPU "
+            "('cuda:0'); over several a run is evaluated alone, by `fedloom evaluate RUN --device split`"
+        )
     if c.train.optimizer == "adamw":
         yield from _unused("train", c.train, "train.optimizer is 'adamw', not 'sgd'", "momentum")
 

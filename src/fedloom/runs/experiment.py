@@ -286,7 +286,7 @@ def with_clients(made: Experiment, clients: list[Client]) -> Experiment:
 def device_of(config: RunConfig) -> torch.device:
     """Where the model computes. Raises ConfigError if it is not there."""
     name = config.model.device
-    if name == "auto":
+    if name in ("auto", "split"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -326,6 +326,7 @@ def base_of(config: RunConfig, labels: int, device: torch.device, dtype: torch.d
         num_labels=labels,
         dtype=dtype,
         device=device,
+        split=config.model.device == "split",
         seed=config.seed,
         quantization=config.model.quantization,
     )

@@ -10,6 +10,7 @@ from fedloom.disk import write_new_folder
 from fedloom.errors import RunError
 from fedloom.models import peft
 from fedloom.runs import evaluate, export
+from fedloom.runs.config import parse
 from fedloom.runs.experiment import experiment
 from fedloom.runs.run_directory import RunDirectory, digest_file, digest_files
 from fedloom.text import shown
@@ -32,11 +33,14 @@ def adapter_of(run: RunDirectory, client: str | None) -> Path:
     )
 
 
-def evaluate_saved(path: Path, client: str | None = None) -> dict[str, float]:
-    """Metric -> value of a saved adapter on the run's held-out rows."""
+def evaluate_saved(path: Path, client: str | None = None, device: str | None = None) -> dict[str, float]:
+    """Metric -> value of a saved adapter on the run's held-out rows; on another `device` than the run's, as model.device."""
     run = RunDirectory.open(path)
     adapter = adapter_of(run, client)
-    return evaluate.score(experiment(run.config()), export.read(adapter))
+    config = run.config()
+    if device is not None:
+        config = parse(config.model_dump() | {"model": config.model.model_dump() | {"device": device}}, "--device")
+    return evaluate.score(experiment(config), export.read(adapter))
 
 
 def export_saved(

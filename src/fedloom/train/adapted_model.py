@@ -47,13 +47,15 @@ class AdaptedModel:
     ) -> None:
         layers = find_layers(model, sites)
         self._head_layers = find_heads(model, heads)
-        self.model = model.to(device).requires_grad_(False).eval()
+        self.devices = len(set(getattr(model, "hf_device_map", {}).values())) or 1
+        """More than one of a model that accelerate has spread: it evaluates alone."""
+        self.model = (model if self.devices > 1 else model.to(device)).requires_grad_(False).eval()
         self.device = device
         self._dtype = dtype
         self._attention = attention
         self._own_attention = self._attention_now()
         self._hooked = HookedLayers(layers)
-        self._fused = FusedLayers.of(model, layers) if kernels == "auto" else None
+        self._fused = FusedLayers.of(model, layers) if kernels == "auto" and self.devices == 1 else None
         self._layers: Layers = self._hooked
         self._packer: Packer | None = None
         self._packers: dict[Kind, Packer | None] = {}
@@ -140,8 +142,12 @@ class AdaptedModel:
     def train(self, base_dropout: bool, checkpointing: bool) -> None:
         """Choose the base's mode until `rest`: its own dropout, and activations recomputed in the backward pass.
 
-        Raises ModelError if the model has no blocks whose activations can be recomputed.
+        Raises ModelError if the model has no blocks whose activations can be recomputed, or is spread over devices.
         """
+        if self.devices > 1:
+            raise ModelError(
+                f"the base is spread over {self.devices} devices, and training uses one: load it on one device to train it"
+            )
         if base_dropout:
             self.model.train()
         for block in self.blocks() if checkpointing else ():
@@ -170,12 +176,12 @@ class AdaptedModel:
         made: Tensor = self.model(**arguments).logits.flatten(0, -2)
         if kind == "causal-lm" or len(made) == len(targets.row):
             return made
-        return made.index_select(0, targets.row.to(self.device))  # without rows that fill up a client's batch
+        return made.index_select(0, targets.row.to(made.device))  # without rows that fill up a client's batch
 
     def _own_head(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
         """A layer of the task head, each client's own in place of the model's."""
-        weight = self._head.get(f"{name}.weight")
-        return y if weight is None else full(inputs[0], weight, self._head.get(f"{name}.bias"))
+        x, weight, bias = inputs[0], self._head.get(f"{name}.weight"), self._head.get(f"{name}.bias")
+        return y if weight is None else full(x, weight.to(x.device), None if bias is None else bias.to(x.device))
 
     def _vocabulary(self) -> nn.Module:
         find: Callable[[], nn.Module | None] | None = getattr(self.model, "get_output_embeddings", None)
@@ -192,7 +198,7 @@ class AdaptedModel:
         if self._read is None:
             return None
         read = self._read
-        return tuple(x.flatten(0, 1).index_select(0, read).unsqueeze(0) for x in inputs)
+        return tuple(x.flatten(0, 1).index_select(0, read.to(x.device)).unsqueeze(0) for x in inputs)
 
     def _packer_for(self, kind: Kind) -> Packer | None:
         if self._layers is not self._fused or self._fused is None or self._attention != "auto":

@@ -109,10 +109,16 @@ class HookedLayers:
 
     def _add(self, site: str, layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
         x = inputs[0]
+        # Moves nothing but where a model is spread over devices.
         if site in self._offsets:
-            y = y + shared(x, self._offsets[site])
+            left, right = self._offsets[site]
+            y = y + shared(x, (left.to(x.device), None if right is None else right.to(x.device)))
         if site in self._adapters:
-            y = y + lora(x, self._adapters[site], None if self._dropout is None else self._dropout(site, x))
+            A, B, scale, gate = self._adapters[site]
+            here = Adapter(
+                A.to(x.device), B.to(x.device), scale.to(x.device), None if gate is None else gate.to(x.device)
+            )
+            y = y + lora(x, here, None if self._dropout is None else self._dropout(site, x))
         return y
 
 
