@@ -84,19 +84,9 @@ def load_base(
         torch.manual_seed(seed_of(seed, "load"))
         config = transformers.AutoConfig.from_pretrained(source)
         _check_architecture(config, name, kind)
-        coded = quantised.method(config)
-        if coded and quantization:
-            raise ModelError(
-                f"model {name!r} is quantised already ({coded}): take model.quantization out of the run file"
-            )
-        if split and quantization:
-            raise ModelError(
-                f"model {name!r} is to be quantised, on one device, and split over several: choose one of both"
-            )
+        coded = _coded(name, config, quantization, split)
         # Layers are coded on their way to the device, which need not hold the dense model.
-        options = _options(kind, num_labels, dtype, "cpu" if quantization else device, attention)
-        if split:
-            options["device_map"] = "auto"
+        options = _options(kind, num_labels, dtype, "cpu" if quantization else device, split, attention)
         if local:
             weights.weight_files(Path(source))  # of a hub id they are not here yet
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source)
@@ -116,15 +106,29 @@ def load_base(
     return replace(_frozen(model, tokenizer, source, digest, dtype), quantization=quantization or coded)
 
 
+def _coded(name: str, config: Any, quantization: Quantization | None, split: bool) -> str | None:
+    """How the checkpoint is quantised already, if it is. Raises ModelError if it is to be quantised all the same, or split."""
+    coded = quantised.method(config)
+    if coded and quantization:
+        raise ModelError(f"model {name!r} is quantised already ({coded}): take model.quantization out of the run file")
+    if split and quantization:
+        raise ModelError(
+            f"model {name!r} is to be quantised, on one device, and split over several: choose one of both"
+        )
+    return coded
+
+
 def _options(
-    kind: Kind, num_labels: int, dtype: torch.dtype, device: torch.device | str, attention: str | None
+    kind: Kind, num_labels: int, dtype: torch.dtype, device: torch.device | str, split: bool, attention: str | None
 ) -> dict[str, Any]:
     """Of transformers' `from_pretrained`."""
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if kind != "causal-lm":
         problem = "regression" if kind == "regression" else "single_label_classification"
         options |= {"num_labels": num_labels, "problem_type": problem, "ignore_mismatched_sizes": True}
-    if torch.device(device).type != "cpu":
+    if split:
+        options["device_map"] = "auto"
+    elif torch.device(device).type != "cpu":
         options["device_map"] = {"": str(device)}
     if attention is not None:
         options["attn_implementation"] = attention
