@@ -66,18 +66,21 @@ def config_of(shape: str) -> Any:
     )
 
 
-def make(shape: str, folder: Path) -> Path:
+def make(shape: str, folder: Path, layers: int | None) -> Path:
     """A model directory of random bfloat16 weights, unless it is there."""
     import transformers as tf
     from safetensors.torch import save_file
 
     from fedloom.models.huggingface import resolve
 
-    path = folder / shape
+    path = folder / (shape if layers is None else f"{shape}-{layers}-layers")
     if (path / "model.safetensors").exists():
         return path
     path.mkdir(parents=True, exist_ok=True)
     config = config_of(shape)
+    if layers is not None:
+        config.vocab_size = max(49152, config.vocab_size * layers // config.num_hidden_layers)
+        config.num_hidden_layers = layers
     with torch.device("meta"):
         model = tf.AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
@@ -198,6 +201,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/bases"))
     parser.add_argument("--only", choices=["load", "step"])
     parser.add_argument("--how", default=",".join(HOW))
+    parser.add_argument("--layers", type=int, help="so many of the shape's layers, its vocabulary in proportion")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=256, help="of each of two rows")
     parser.add_argument("--child", nargs=2, metavar=("PATH", "HOW"), help=argparse.SUPPRESS)
@@ -205,9 +209,9 @@ def main() -> None:
     if asked.child:
         load(Path(asked.child[0]), asked.child[1])
         return
-    path, how = make(asked.shape, asked.folder), asked.how.split(",")
+    path, how = make(asked.shape, asked.folder, asked.layers), asked.how.split(",")
     print(describe())
-    print(f"{asked.shape}: a file of {os.path.getsize(path / 'model.safetensors') / 1e9:.2f} GB")
+    print(f"{path.name}: a file of {os.path.getsize(path / 'model.safetensors') / 1e9:.2f} GB")
     if asked.only != "step":
         loads(path, how)
     if asked.only != "load":
