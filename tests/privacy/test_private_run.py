@@ -225,6 +225,8 @@ def test_noise_from_the_clients_is_paid_and_repeated(settings: Settings, tmp_pat
 def test_a_clipping_bound_from_the_servers_rows(settings: Settings, tmp_path: Path, questions: Path) -> None:
     config = settings(method={"name": "fedit"}, train={"rounds": 2}, task={"proxy_data": str(questions)})
     run = fedloom.run(config | {"privacy": CLIENTS | {"clip": "auto"}}, tmp_path / "run")
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    assert manifest["lora_parameters"] == experiment(run_config(config)).parameters[1] > 0
     first, second = (r["report"] for r in run.rounds[1:])
     assert first["clip"] == second["clip"] > 0
     assert first["noise_std"] == pytest.approx(4.0 * first["clip"] * 1.001 / 3)

@@ -156,7 +156,7 @@ class Experiment:
     @cached_property
     def parameters(self) -> tuple[int, int]:
         """Of the adapter, without a head: (trained, sent) by a client with whole budgets in the first round."""
-        seen = rehearse(self.method, Client("any", 1, self.method.rank), 1, self.sites)
+        seen = rehearse(private.bare(self.config, self.method), Client("any", 1, self.method.rank), 1, self.sites)
         if seen is None:
             return 0, 0
 

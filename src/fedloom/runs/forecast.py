@@ -55,7 +55,7 @@ def forecast(e: Experiment) -> Forecast:
         raise ConfigError(
             "the run file has no [privacy], there is nothing to plan: set secure_aggregation = true, or unit and target_epsilon"
         )
-    seen = rehearse(e.method, Client("any", 1, e.method.rank), 1, e.sites)
+    seen = rehearse(private.bare(e.config, e.method), Client("any", 1, e.method.rank), 1, e.sites)
     sent = {} if seen is None else seen.sent
     numbers = sum(x.numel() for role, group in sent.items() if role != "head" for x in group.values())
     if "head" in describe.roles_up(e.method):

@@ -12,6 +12,7 @@ from fedloom.client import Client
 from fedloom.core import Method
 from fedloom.data.tokenize import Encoded
 from fedloom.errors import ConfigError
+from fedloom.flows import Over
 from fedloom.loop import Limits
 from fedloom.runs.config import RunConfig
 from fedloom.runs.privacy_section import PrivacySection
@@ -41,6 +42,12 @@ def around(config: RunConfig, method: Method) -> Method:
         )
     z = noise_multiplier(config, ())
     return ClientLevel(over=method, clip=c.first_clip, noise_multiplier=z, clipping=c.clipping, noise=c.noise)
+
+
+def bare(config: RunConfig, method: Method) -> Method:
+    """The method without what [privacy] put over it: its clients send the same numbers."""
+    c = config.privacy
+    return method.over if c is not None and c.unit == "client" and isinstance(method, Over) else method
 
 
 def grid(config: RunConfig) -> float:
