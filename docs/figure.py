@@ -1,6 +1,6 @@
 """The README's picture: held-out accuracy against bytes of all methods of a finished study.
 
-fedloom compare benchmarks/methods.toml --out STUDY && python docs/figure.py STUDY
+fedloom compare benchmarks/studies/methods.toml --out STUDY && python docs/figure.py STUDY
 """
 
 from __future__ import annotations
