@@ -16,6 +16,11 @@ from safetensors import SafetensorError
 from fedloom.errors import RunError
 
 
+def cache_dir() -> Path:
+    """Where what was derived from models and data is kept between runs: `$FEDLOOM_CACHE`, or `~/.cache/fedloom`."""
+    return Path(os.environ.get("FEDLOOM_CACHE") or Path.home() / ".cache" / "fedloom")
+
+
 @contextmanager
 def disk_errors(path: Path, then: str = "resume the run") -> Iterator[None]:
     """Turn an error of writing into one RunError that says what is lost (nothing), and what to do `then`."""

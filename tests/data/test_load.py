@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from fedloom.data import hub, load, packaged
+from fedloom.data import hub, hub_rows, load, packaged
 from fedloom.errors import DataError, HubError
 
 
@@ -207,28 +207,6 @@ def test_glue_tasks_have_their_own_fields() -> None:
         load.load("glue/coal")
 
 
-def test_hub_sources_ask_for_the_right_thing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    asked: list[tuple[Any, ...]] = []
-
-    def fake(name: str, config: str | None, *, split: str, revision: str | None) -> Dataset:
-        asked.append((name, config, split, revision))
-        return Dataset.from_dict({"a": [1]})
-
-    monkeypatch.setattr(datasets, "load_dataset", fake)
-    load.load("glue/mnli", "validation")
-    load.load("glue/cola")
-    load.load("owner/name:config", "test")
-    load.load("owner/name")
-    assert asked == [
-        ("nyu-mll/glue", "mnli", "validation_matched", None),
-        ("nyu-mll/glue", "cola", "train", None),
-        ("owner/name", "config", "test", None),
-        ("owner/name", None, "train", None),
-    ]
-
-
 # the hub
 
 
@@ -340,11 +318,9 @@ def test_an_absent_package_is_one_message_with_the_command() -> None:
 
 @pytest.mark.usefixtures("nothing_installed")
 def test_an_absent_trec_is_the_original_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
     features = Features({"text": Value("string"), "fine_label": ClassLabel(names=["ABBR:abb", "LOC:city"])})
     original = Dataset.from_dict({"text": ["a", "b", "a"], "fine_label": [1, 0, 1]}, features=features)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: original)
+    monkeypatch.setattr(hub_rows, "rows", lambda *args: original)
     assert load.load("trec")[:] == {"text": ["a", "b"], "label": ["LOC", "ABBR"], "fine": ["LOC:city", "ABBR:abb"]}
     assert load.load("trec-50")["label"][:] == ["LOC:city", "ABBR:abb"]
 

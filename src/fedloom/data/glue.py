@@ -5,6 +5,7 @@ Wang, Singh, Michael, Hill, Levy, Bowman: GLUE, arXiv 1804.07461, table 1.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,7 +41,7 @@ def is_glue(source: str) -> bool:
 
 
 def glue_fields(name: str) -> tuple[list[str], str, list[str], Literal["classification", "regression"]]:
-    """Text columns, label column, metrics and kind of `glue/TASK`. Raises DataError for a task that GLUE does not have.
+    """Text columns, label column, metrics, kind of `glue/TASK`, of any revision and split. Raises DataError for another task.
 
     >>> glue_fields("glue/cola")
     (['sentence'], 'label', ['matthews'], 'classification')
@@ -56,7 +57,7 @@ def glue_split(name: str, split: str | None) -> str:
 
 
 def _task(name: str) -> _Task:
-    task = name.removeprefix("glue/")
+    task = re.split("[@#]", name.removeprefix("glue/"))[0]
     if task not in _TASKS:
         raise DataError(f"GLUE has no task {task!r}, expected one of {', '.join(_TASKS)}{nearest(task, _TASKS)}")
     return _TASKS[task]

@@ -1,4 +1,7 @@
-"""Data sets of raw columns: packaged names, local files, hub ids and GLUE tasks; checked, hashed and split."""
+"""Data sets of raw columns: packaged names, local files, hub ids and GLUE tasks; checked, hashed and split.
+
+A data source is a name and, for the hub, more: `owner/name:config@revision#split`, `glue/mnli#validation_mismatched`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedloom.data import files, glue, hub, packaged
+from fedloom.data import files, glue, hub, hub_rows, packaged
 from fedloom.data.glue import glue_fields as glue_fields
 from fedloom.errors import DataError, nearest
 from fedloom.rng import seed_of
@@ -21,29 +24,33 @@ if TYPE_CHECKING:
 
 
 def load(source: str, split: str | None = None) -> Dataset:
-    """The rows of a data source: a packaged name, a local file, a GLUE task (`glue/cola`) or a hub id (`owner/name:config`).
+    """The rows of a data source: a packaged name, a local file, a GLUE task (`glue/cola`) or a hub id.
 
-    `split` names a split on the hub (`train` by default); packaged data and files have one split only. Raises DataError
+    A hub id is `owner/name`, with `:config`, `@revision` (a branch, tag or commit) and `#split` where they are wanted. `split`
+    says which where the source does not (`train` by default); packaged data and files have one split only. Raises DataError
     if there is no such source or it cannot be read, HubError if it is only on a hub that cannot be reached.
     """
     hub.quiet()
     import datasets
 
-    if source in packaged.DATA:
-        columns = packaged.read(source)
+    name, _, own = source.partition("#")
+    if name in packaged.DATA:
+        columns = packaged.read(name)
         if columns is not None:
-            _one_split(source, split)
+            _one_split(name, own or split)
             return datasets.Dataset.from_dict(columns)
-        return _original(source, split)
-    if glue.is_glue(source):
-        return _from_hub(glue.HUB, source.removeprefix("glue/"), glue.glue_split(source, split), source)
+        return _original(name, own or split)
     if files.is_path(source):
         _one_split(source, split)
         return files.read(Path(source).expanduser())
-    name, _, config = source.partition(":")
+    split = own or split
+    name, revision = hub.named(name)
+    if glue.is_glue(name):
+        return _from_hub(glue.HUB, name.removeprefix("glue/"), glue.glue_split(name, split), source, revision=revision)
+    name, _, config = name.partition(":")
     known = ", ".join(packaged.DATA)
     advice = f"Packaged data: {known}{nearest(source, packaged.DATA)}; files: {', '.join(files.SUFFIXES)}"
-    return _from_hub(name, config or None, split or "train", source, advice)
+    return _from_hub(name, config or None, split or "train", source, advice, revision)
 
 
 def require(ds: Dataset, columns: Iterable[str]) -> None:
@@ -149,11 +156,8 @@ def _original(name: str, split: str | None) -> Dataset:
 def _from_hub(
     name: str, config: str | None, split: str, source: str, advice: str = "", revision: str | None = None
 ) -> Dataset:
-    import datasets
-
-    datasets.disable_progress_bars()
-    with hub.access("data set", source, DataError, advice):
-        ds: Any = datasets.load_dataset(name, config, split=split, revision=revision)
+    with hub.access("data set", source, DataError, advice) as online:
+        ds: Any = hub_rows.rows(name, config, split, revision, online)
     if len(ds) == 0:
         raise DataError(f"data set {source!r} has no rows in split {split!r}, expected at least one")
     return ds

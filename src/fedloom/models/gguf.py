@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import shutil
 import tempfile
 import time
@@ -14,14 +13,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from fedloom.disk import cache_dir as cache_dir
 from fedloom.errors import ModelError
 
 _ABANDONED_S = 3600.0
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: `$FEDLOOM_CACHE`, or `~/.cache/fedloom`."""
-    return Path(os.environ.get("FEDLOOM_CACHE") or Path.home() / ".cache" / "fedloom")
 
 
 def converted(file: Path, sha256: str) -> Path:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ from torch import nn
 
 from fedloom.data import hub, packaged
 from fedloom.data.batches import Kind as Kind
-from fedloom.errors import ModelError, nearest
+from fedloom.errors import ModelError
 from fedloom.models import quantised, weights
 from fedloom.models.quantised import Quantization as Quantization
+from fedloom.models.source import fetch, quiet
+from fedloom.models.source import resolve as resolve
 from fedloom.models.targets import all_linear as all_linear
 from fedloom.models.targets import check_rank as check_rank
 from fedloom.models.targets import check_sites as check_sites
@@ -47,6 +48,8 @@ class Base:
     """The head's parameters by full name, (out, in) and (out,), float32 on the CPU."""
     quantization: str | None = None
     """How its layers are quantised: by fedloom, or as the checkpoint says."""
+    revision: str | None = None
+    """Of a hub id, where one was asked for."""
 
 
 def load_base(
@@ -60,6 +63,7 @@ def load_base(
     seed: int = 0,
     attention: str | None = None,
     quantization: Quantization | None = None,
+    on_status: Callable[[str], None] = lambda what: None,
 ) -> Base:
     """Load a packaged name, a local directory or a hub id for a task, frozen and in eval mode, with a padding token.
 
@@ -70,40 +74,34 @@ def load_base(
     memory, by accelerate. Raises ModelError if there is no such model or it does not fit the task, HubError if it is only on a
     hub that cannot be reached.
     """
-    source = resolve(name)
-    known = packaged.MODELS
-    advice = packaged.absent(name) if name in known else f"Packaged models: {', '.join(known)}{nearest(name, known)}"
-    local = Path(source).is_dir()
-    with (
-        quiet(),
-        hub.access("model", source, ModelError, "" if local else advice, local),
-        torch.random.fork_rng(devices=[]),
-    ):
+    source = fetch(name, on_status=on_status)
+    with quiet(), hub.access("model", name, ModelError, local=True), torch.random.fork_rng(devices=[]):
         import transformers
 
+        path = str(source.directory)
         torch.manual_seed(seed_of(seed, "load"))
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(path)
         _check_architecture(config, name, kind)
         coded = _coded(name, config, quantization, split)
         # Layers are coded on their way to the device, which need not hold the dense model.
         options = _options(kind, num_labels, dtype, "cpu" if quantization else device, split, attention)
-        if local:
-            weights.weight_files(Path(source))  # of a hub id they are not here yet
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source)
-        model, info = _loaded(kind, source, options, name, coded)
-        digest = packaged.weights_sha256(name) if name in known and local else weights.sha256(_directory(source))
-        directory = _directory(source)
+        weights.weight_files(source.directory)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
+        model, info = _loaded(kind, path, options, name, coded)
+        packed = name in packaged.MODELS and source.name == path
+        digest = packaged.weights_sha256(name) if packed else weights.sha256(source.directory)
     quantised.take_over(model)
     check_usable(name, model, tokenizer)
     head = head_modules(model)
     _check_head(model, head, name)
-    _restore_head(model, head, directory, dtype)
+    _restore_head(model, head, source.directory, dtype)
     fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     _draw(model, fresh, head, seed, name, kind)
     if quantization is not None:
         quantised.quantise(model, quantization, {*head, *_vocabulary(model)}, device)
         digest = hashlib.sha256(f"{digest} {quantised.settings(quantization)}".encode()).hexdigest()
-    return replace(_frozen(model, tokenizer, source, digest, dtype), quantization=quantization or coded)
+    made = _frozen(model, tokenizer, source.name, digest, dtype)
+    return replace(made, quantization=quantization or coded, revision=source.revision)
 
 
 def _coded(name: str, config: Any, quantization: Quantization | None, split: bool) -> str | None:
@@ -235,61 +233,6 @@ def head_group(model: nn.Module) -> Group:
     return {name: named[name].detach().float().cpu().clone() for name in names if name in named}
 
 
-def resolve(name: str) -> str:
-    """The directory or hub id behind a model name.
-
-    A packaged name gives its directory, or the hub id of the original where its package is not installed; a GGUF file that
-    of the dense model which is made of it once. Raises ModelError for a directory without a model, a file that is none, or a
-    path that does not exist.
-    """
-    if name in packaged.MODELS:
-        files = packaged.locate(name)
-        if files is None:
-            return str(packaged.MODELS[name].hub)
-        if files[0].suffix == ".gguf":
-            from fedloom.models import gguf
-
-            with quiet():
-                return str(gguf.converted(files[0], packaged.weights_sha256(name)))
-        return str(files[0].parent)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{name!r} is a directory without config.json, expected one that save_pretrained wrote")
-        return str(path)
-    if path.is_file() and path.suffix == ".gguf":
-        from fedloom.models import gguf
-
-        with quiet():
-            return str(gguf.converted(path, weights.file_sha256(path)))
-    if path.is_file():
-        raise ModelError(f"{name!r} is a file, expected a model directory: the one that has config.json in it")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
-        raise ModelError(
-            f"there is no model directory {name!r}, expected an existing one, a hub id (owner/name), or a packaged name: "
-            f"{', '.join(packaged.MODELS)}"
-        )
-    return name
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars, load reports and advice: what matters of them is raised as an error here."""
-    hub.quiet()
-    from transformers.utils import logging as untyped
-
-    logging: Any = untyped
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _check_architecture(config: Any, name: str, kind: Kind) -> None:
     """Refuse, before any weights are read, what has no head for the task or reads a sequence to write another."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -329,12 +272,3 @@ def _draw(model: nn.Module, fresh: set[str], head: Sequence[str], seed: int, nam
             else:
                 values = torch.randn(parameters[key].shape, generator=generator(seed, "head", key)) * std
                 parameters[key].copy_(values)
-
-
-def _directory(source: str) -> Path:
-    """Where the files of a directory or a hub id are on this machine."""
-    if Path(source).is_dir():
-        return Path(source)
-    from transformers.utils.hub import cached_file
-
-    return Path(str(cached_file(source, "config.json"))).parent

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fedloom import lora
 from fedloom.errors import ModelError
 from fedloom.models import quantised
-from fedloom.models.huggingface import Kind, is_conv1d, quiet
+from fedloom.models.huggingface import Kind, is_conv1d
+from fedloom.models.source import quiet
 from fedloom.state import Group, State
 
 CONFIG = "adapter_config.json"
@@ -35,7 +36,6 @@ _FIXED = {
     "layers_to_transform": None,
     "lora_dropout": 0.0,
     "peft_type": "LORA",
-    "revision": None,
     "use_dora": False,
 }
 """What adapter_config.json says of every adapter."""
@@ -54,12 +54,13 @@ def write_adapter(
     kind: Kind,
     head: Group | None = None,
     fan_in_fan_out: bool = False,
+    revision: str | None = None,
 ) -> None:
     """Write a PEFT directory: `PeftModel.from_pretrained(base, path)` computes what A (r, in), B (out, r) and the head do here.
 
     Every site is scaled by alpha / rank (alpha / sqrt(rank) with `rslora`), whatever the rank of its own factors. `head` maps
-    full parameter names, such as `classifier.weight`, to tensors; `fan_in_fan_out` is for GPT-2's Conv1D. The same tensors
-    give the same bytes. Raises ModelError if A and B do not fit together.
+    full parameter names, such as `classifier.weight`, to tensors; `fan_in_fan_out` is for GPT-2's Conv1D,
+    `revision` is that of a hub id. The same tensors give the same bytes. Raises ModelError if A and B do not fit together.
     """
     from safetensors.torch import save
 
@@ -80,6 +81,7 @@ def write_adapter(
         "modules_to_save": sorted({name.partition(".")[0] for name in head}) or None,
         "r": rank,
         "rank_pattern": other,
+        "revision": revision,
         "target_modules": wanted,
         "task_type": _TASKS[kind],
         "use_rslora": rslora,

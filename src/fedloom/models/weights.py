@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fedloom.disk import cache_dir
 from fedloom.errors import ModelError
-from fedloom.models.gguf import cache_dir
 from fedloom.text import shown
 
 _ORDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -28,20 +28,26 @@ def weight_files(directory: Path) -> list[Path]:
     named = _json(config).get("transformers_weights") if config.exists() else None
     if named is not None:
         raise ModelError(f"{directory / 'config.json'} names weights of its own ({shown(named)}): remove the entry")
-    first = next((name for name in _ORDER if (directory / name).is_file()), None)
+    first = first_of(name for name in _ORDER if (directory / name).is_file())
     if first is None:
         raise ModelError(f"{directory} has no weights, expected one of {', '.join(_ORDER)}")
     if not first.endswith(".index.json"):
         return [directory / first]
-    names = sorted(_indexed(directory / first))
+    names = sorted(indexed(directory / first))
     for name in names:
         if Path(name).name != name or not (directory / name).is_file():
             raise ModelError(f"{directory / first} names {shown(name)}, expected a file of the same directory")
     return [directory / name for name in names]
 
 
-def _indexed(index: Path) -> set[str]:
-    """The files that an index names."""
+def first_of(names: Iterable[str]) -> str | None:
+    """That of some files which transformers loads: the weights, or the index of them."""
+    there = set(names)
+    return next((name for name in _ORDER if name in there), None)
+
+
+def indexed(index: Path) -> set[str]:
+    """The files that an index names. Raises ModelError if it is no index."""
     found = _json(index).get("weight_map")
     names = list(found.values()) if isinstance(found, dict) else []
     if not names or not all(isinstance(name, str) for name in names):

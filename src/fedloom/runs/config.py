@@ -25,7 +25,7 @@ class ModelSection(Section):
     """[model]: the frozen base."""
 
     name: str
-    """Packaged name ("minilm", "smollm2"), local directory, or hub id."""
+    """Packaged name ("minilm", "smollm2"), local directory, or hub id (owner/name, owner/name@revision)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base; adapters are float32. `auto`: bfloat16 where the processor or GPU has it."""
     quantization: Literal["nf4", "nf4-double", "int8"] | None = None
@@ -51,7 +51,7 @@ class TaskSection(Section):
     kind: Literal["classification", "regression", "causal-lm"] = "classification"
     """What the model predicts: a class, a number, or the response to a prompt."""
     data: str
-    """Packaged name ("trec", ...), hub id, or .jsonl/.csv/.parquet file."""
+    """Packaged name ("trec", ...), .jsonl/.csv/.parquet file, glue/TASK, or hub id (owner/name:config@revision#split)."""
     eval_data: str | None = None
     """As `data`; by default a seeded hold-out of it (a GLUE task's own validation split)."""
     proxy_data: str | None = None

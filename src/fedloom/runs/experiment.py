@@ -245,7 +245,7 @@ def experiment(
     parts = _partition(c, table) if only_client is None else {only_client: list(range(len(table.train)))}
     on_status("loading the model")
     labels = max(1, len(table.labels))
-    base = base or _given_base(c, given, labels) or base_of(c, labels, device, dtype)
+    base = base or _given_base(c, given, labels) or base_of(c, labels, device, dtype, on_status)
     clients = planned.clients(parts)
     if only_client is None:
         private.check_clients(c, clients)
@@ -318,7 +318,13 @@ def _given_base(config: RunConfig, given: Given, labels: int) -> huggingface.Bas
     return huggingface.adopt(given.model, given.tokenizer, kind=config.task.kind, num_labels=labels)
 
 
-def base_of(config: RunConfig, labels: int, device: torch.device, dtype: torch.dtype) -> huggingface.Base:
+def base_of(
+    config: RunConfig,
+    labels: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_status: Callable[[str], None] = lambda what: None,
+) -> huggingface.Base:
     """The base model that the configuration names, with a head of so many labels."""
     return huggingface.load_base(
         config.model.name,
@@ -329,6 +335,7 @@ def base_of(config: RunConfig, labels: int, device: torch.device, dtype: torch.d
         split=config.model.device == "split",
         seed=config.seed,
         quantization=config.model.quantization,
+        on_status=on_status,
     )
 
 

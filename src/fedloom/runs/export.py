@@ -76,6 +76,7 @@ def write(e: Experiment, work: Work, path: Path) -> None:
             kind=e.config.task.kind,
             head=peft.whole_blocks(e.base.model, head) if head else None,
             fan_in_fan_out=e.transposed,
+            revision=e.base.revision,
         ),
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,7 +48,7 @@ def tables(config: RunConfig, given: Given | None = None) -> Tables:
     if held_out is None and task.eval_data is not None:
         held_out = read(task.eval_data)
     elif held_out is None and glue:
-        held_out = load.load(task.data, split="validation")
+        held_out = load.load(task.data.partition("#")[0], split="validation")
     chats = _chats(task, train) if task.kind == "causal-lm" else None
     if chats is not None:
         text, columns = [chats], []
@@ -84,13 +83,12 @@ def tables(config: RunConfig, given: Given | None = None) -> Tables:
 
 
 def read(source: str) -> Dataset:
-    """Rows of a data source; `NAME@SPLIT` asks for another split of a hub data set than train."""
+    """Rows of a data source. Raises DataError for rows that were given in Python and are not there now."""
     if source == GIVEN:
         raise DataError(
             "the rows of this run were given in Python: give them to fedloom.resume, too (data=..., eval_data=...)"
         )
-    name, at, split = source.rpartition("@")
-    return load.load(name, split) if at and not Path(source).exists() else load.load(source)
+    return load.load(source)
 
 
 def _chats(task: TaskSection, train: Dataset) -> str | None:
