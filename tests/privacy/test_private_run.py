@@ -172,7 +172,7 @@ def test_sections_that_say_nothing(change: dict[str, Any], why: str, settings: S
         ({"method": {"name": "median"}, "privacy": CLIENTS}, "reads each upload itself"),
         ({"clients": {"max_norm": 3.0}, "privacy": CLIENTS}, r"clients.max_norm is 3, and under \[privacy\] no upload"),
         ({"lora": {"dropout": 0.1}, "privacy": ROWS}, "has no dropout, got lora.dropout = 0.1"),
-        ({"engine": {"name": "flower"}, "privacy": ROWS}, "not built for engine.name = 'flower' yet"),
+        ({"engine": {"name": "ray"}, "privacy": ROWS}, "not built for engine.name = 'ray' yet"),
         (
             {"engine": {"name": "flower"}, "privacy": CLIENTS | {"noise": "clients", "secure_aggregation": True}},
             "privacy.noise = 'clients' is not built for engine.name = 'flower' yet",

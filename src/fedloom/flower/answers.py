@@ -134,6 +134,18 @@ def scores(one: Answered, names: Collection[str]) -> dict[str, dict[str, float]]
     return found
 
 
+def epsilons(one: Answered) -> dict[str, float]:
+    """Client id -> what its rows have spent, of those whose node says something of sense."""
+    said = one.header.get("results")
+    asked = {client.id for client, _ in one.asked.jobs}
+    return {
+        result["client"]: result["epsilon"]
+        for result in (said if isinstance(said, list) else [])
+        if isinstance(result, dict) and result.get("client") in asked
+        if isinstance(result.get("epsilon"), float) and 0 <= result["epsilon"] < math.inf
+    }
+
+
 def seconds(header: dict[str, Any]) -> float:
     """How long a node says that it trained; 0 if it says nothing of sense."""
     said = header.get("seconds")

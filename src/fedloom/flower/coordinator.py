@@ -68,6 +68,8 @@ class Coordinator:
         self.registry = Registry()
         self.directory: Directory = self.registry if roster is None else Roster(roster)
         self.pending = Pending(transport, setup, policy.form)
+        self.epsilons: dict[str, float] = {}
+        """Client id -> what its rows have spent, as its node says."""
         self.train_s = 0.0
         """Of the node that trained longest, summed over exchanges."""
         self.sums = sums

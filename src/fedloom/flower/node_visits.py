@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ class NodeRun:
     """Where what clients keep is, for this run."""
     sums: NodeSums | None = None
     """Uploads leave in secure sums alone."""
+    epsilon: Callable[[str], float] | None = None
+    """(client) -> what its rows have spent, where each row is private."""
 
     def before(self, t: int, forget: Sequence[Job] = ()) -> Simulation[Any]:
         """The simulation with what clients kept before round t: a server that was killed may ask for a round again.

@@ -70,6 +70,7 @@ class RemoteVisits:
                 yield one
                 continue
             seconds = max(seconds, answers.seconds(one.header))
+            at.epsilons |= answers.epsilons(one)
             for result, waits in answers.results(one, at.policy.form):
                 if isinstance(result, Answer):
                     came += 1

@@ -241,7 +241,8 @@ class Worker:
         lost = ClientStates.before(run.folder / "lost" / str(exchange), t)
         lost.forget_others([client.id for client in received])
         for result, waits in came:
-            said.append(_said(result) | {"waits": waits})
+            spent = {} if run.epsilon is None else _finite({"epsilon": run.epsilon(result.client.id)})
+            said.append(_said(result) | {"waits": waits} | spent)
             if isinstance(result, Answer):
                 given = received[result.client]
                 int8 = self._form == "int8"

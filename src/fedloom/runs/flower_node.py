@@ -23,7 +23,7 @@ from fedloom.errors import ConfigError
 from fedloom.flower.node_visits import NodeRun
 from fedloom.flower.worker import Worker
 from fedloom.models.huggingface import Base
-from fedloom.runs import evaluate, export, secure_sums
+from fedloom.runs import evaluate, export, secure_sums, site_budget
 from fedloom.runs.config import RunConfig, parse
 from fedloom.runs.experiment import Experiment, experiment
 from fedloom.runs.plan import Plan, plan
@@ -132,6 +132,7 @@ class FlowerNode:
         e = self._loaded.experiment(agreed)
         if setup.get("model") != e.base.sha256:
             raise ConfigError("the base model here is not the server's: its sha256 differs")
+        ledgers = site_budget.at_site(agreed.folder, e)
         simulation = Simulation(
             e.trainer,
             e.sites,
@@ -142,7 +143,7 @@ class FlowerNode:
             write=lambda client, work: export.write(e, work, agreed.folder / "clients" / client / "adapter"),
         )
         sums = secure_sums.at_node(e.config, agreed.run, agreed.folder, agreed.identity)
-        return NodeRun(e.clients, e.method, simulation, agreed.folder, sums)
+        return NodeRun(e.clients, e.method, simulation, agreed.folder, sums, ledgers.epsilon if ledgers else None)
 
 
 def local_node() -> FlowerNode:

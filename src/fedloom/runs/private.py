@@ -89,7 +89,7 @@ def steps_and_rate(config: RunConfig, client: Client) -> tuple[int, float]:
 def _check_rows(config: RunConfig, method: Method) -> None:
     """Raise ConfigError for what has no gradient for each row."""
     need_installed("dp_accounting")
-    if config.engine.name != "inprocess":
+    if config.engine.name == "ray":
         raise ConfigError(
             f"privacy.unit = 'example' is not built for engine.name = {config.engine.name!r} yet: set it to 'inprocess'"
         )
@@ -143,8 +143,8 @@ def _check_sums(config: RunConfig, method: Method) -> None:
         )
 
 
-def check_clients(config: RunConfig, clients: Sequence[Client]) -> None:
-    """Raise ConfigError if [privacy] cannot be kept with these clients."""
+def check_delta(config: RunConfig, clients: Sequence[Client]) -> None:
+    """Raise ConfigError if privacy.delta is too large for these clients."""
     c = config.privacy
     if c is not None and c.unit is not None:
         n, what = (
@@ -157,6 +157,12 @@ def check_clients(config: RunConfig, clients: Sequence[Client]) -> None:
                 f"privacy.delta is {c.delta:g}, above 1 / {n} ({n} {what}): such a promise holds where one of them is "
                 f"published whole. Set it below {1 / n:.2g}, far below if you can"
             )
+
+
+def check_clients(config: RunConfig, clients: Sequence[Client]) -> None:
+    """Raise ConfigError if [privacy] cannot be kept with these clients."""
+    c = config.privacy
+    check_delta(config, clients)
     asked = max(1, round(config.clients.fraction * len(clients)))
     if c is not None and c.clipping == "adaptive":
         from fedloom.privacy.clip_bound import check_count

@@ -20,7 +20,18 @@ from fedloom.errors import RunError
 from fedloom.flower.transport import Transport
 from fedloom.loop import Record, federate, in_order
 from fedloom.models import quantised
-from fedloom.runs import budget, engines, evaluate, export, flower_server, private, radio_cost, resumption, track
+from fedloom.runs import (
+    budget,
+    engines,
+    evaluate,
+    export,
+    flower_server,
+    private,
+    radio_cost,
+    resumption,
+    site_budget,
+    track,
+)
 from fedloom.runs.config import RunConfig
 from fedloom.runs.contradictions import refuse_contradictions, refuse_too_many
 from fedloom.runs.engines import Reached
@@ -195,6 +206,7 @@ class _Run:
         self.engine, self.e = engines.engine(
             run, replace(reached, e=e), client_states, self._cohort(e), self._progress, observer.doing
         )
+        self.budget = site_budget.at_server(self.budget, run.path, self.engine, self.e)
         self.rounds = e.config.train.rounds
         self.radio = radio_cost.plan(e.config, [c.id for c in self.e.clients]) if e.config.network is not None else None
         self._trained = 0
