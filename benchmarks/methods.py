@@ -70,7 +70,7 @@ def rows(lines: list[Line], reference: list[float]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
-    parser.add_argument("more", type=Path, nargs="*", help="further studies of the same draws")
+    parser.add_argument("more", type=Path, nargs="*", help="of the same draws: a line stands for one of its name")
     asked = parser.parse_args()
     first = summary.read([asked.study], "accuracy")
     fedit = next(line for line in first.lines if line.label == "fedit")
@@ -79,8 +79,8 @@ def main() -> None:
     plain = [without_federation(t.config) for t in sorted(fedit.traces, key=lambda trace: trace.draw)]
     for name, values in zip(("commonest class", "tf-idf + logistic regression"), zip(*plain, strict=True), strict=True):
         print(f"| {name} | {shown(interval(values))} | | | |")
-    more = [line for path in asked.more for line in summary.read([path], "accuracy").methods]
-    print("\n".join(rows([*first.lines, *more], reference)))
+    lines = {line.label: line for path in [asked.study, *asked.more] for line in summary.read([path], "accuracy").lines}
+    print("\n".join(rows(sorted(lines.values(), key=lambda line: line.role != "method"), reference)))
 
 
 if __name__ == "__main__":
