@@ -50,6 +50,10 @@ def run(
         Path | None, typer.Option("--out", metavar="DIR", help="The run directory to make (default: below runs/).")
     ] = None,
     stand_in: studies.StandIn = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Load, rehearse a few steps, and say what the run would send and take."),
+    ] = False,
 ) -> None:
     """Train: from a run file to a PEFT adapter.
 
@@ -65,6 +69,10 @@ def run(
     values = studies.recipe_values(file_or_quickstart, stand_in)
     values = values if values is not None else config.read_toml(file_or_quickstart)
     settings = config.parse(config.override(values, set_ or []), str(file_or_quickstart))
+    if dry_run:
+        from fedloom.cli.dry_run import rehearse
+
+        return rehearse(settings)
     path = out_ if out_ is not None else runs.free_name(settings)
     with resumable(path), Terminal(out) as terminal:
         result = runs.start(settings, path, terminal)

@@ -95,14 +95,16 @@ def start(
     RunDirectory.require_free(path)
     track.check(config.track)
     # Whatever is wrong with method, data or model is told before anything is written.
-    e = _prepared(config, observer, transport, given)
+    e = prepared(config, observer, transport, given)
     run = RunDirectory.create(path, config)
     with run.held():
         return _go(run, e, observer, transport, [])
 
 
-def _prepared(config: RunConfig, observer: Observer, transport: Transport | None, given: Given | None) -> Experiment:
-    """The experiment, with all checked that can be before the first round."""
+def prepared(
+    config: RunConfig, observer: Observer, transport: Transport | None = None, given: Given | None = None
+) -> Experiment:
+    """The experiment, with all checked that can be before the first round. Writes nothing."""
     planned = plan(config)
     refuse_contradictions(planned, engines.name_of(config, transport))
     engines.check_startable(config, transport)
