@@ -1,6 +1,7 @@
-"""The README's picture: held-out accuracy against bytes of all methods of a finished study.
+"""The README's picture: held-out accuracy against bytes of all methods of finished studies.
 
-fedloom compare benchmarks/studies/methods.toml --out STUDY && python docs/figure.py STUDY
+fedloom compare benchmarks/studies/methods.toml --out STUDY, the same for methods_tuned.toml, then
+python docs/figure.py STUDY TUNED: a line of a later study stands for one of its name in an earlier one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ NAMED = {
     "fslora": (-6, 5, "right"),
     "flora": (-6, -10, "right"),
     "fedex_lora": (-7, 8, "right"),
+    "ravan rank 64 lr 5e-2": (-14, -32, "left"),
 }
 """Methods whose names are written: by how many points the name is off, and its alignment."""
 
@@ -28,27 +30,29 @@ LIMITS = (0.79, 0.93)
 """Of the accuracy: methods that the quickstart's learning rate does not suit lie below, and are left out."""
 
 
-def draw(study: Path, file: Path) -> None:
+def draw(studies: list[Path], file: Path) -> None:
     """One point a method, the mean over draws, with the 95 % interval of those that are named."""
-    lines = summary.read([study]).methods
+    lines = {line.label: line for study in studies for line in summary.read([study]).methods}
     plt.rcParams |= {"font.size": 10, "svg.fonttype": "path", "svg.hashsalt": "fedloom"}
     figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
-    for line in lines:
+    for line in lines.values():
         if line.score.mean < LIMITS[0]:
             continue
         x, y = (line.up + line.down) / 1e6, line.score.mean
         if line.label in NAMED:
             axes.errorbar(x, y, [[y - line.score.low], [line.score.high - y]], fmt="o", ms=6, lw=1, color="#00897b")
             dx, dy, side = NAMED[line.label]
-            axes.annotate(line.label, (x, y), (dx, dy), textcoords="offset points", ha=side, color="#00695c")
+            axes.annotate(
+                line.label.partition(" lr")[0], (x, y), (dx, dy), textcoords="offset points", ha=side, color="#00695c"
+            )
         else:
             axes.plot(x, y, "o", ms=4, color="#9e9e9e")
     axes.set(xscale="log", xlabel="megabytes up and down, 6 rounds, 4 clients", ylabel="held-out accuracy", ylim=LIMITS)
-    axes.set_xticks(ticks := [5, 10, 20, 50, 100], [f"{x}" for x in ticks])
+    axes.set_xticks(ticks := [2, 5, 10, 20, 50, 100], [f"{x}" for x in ticks])
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, metadata={"Date": None})
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]), Path(__file__).with_name("methods.svg"))
+    draw([Path(name) for name in sys.argv[1:]], Path(__file__).with_name("methods.svg"))
