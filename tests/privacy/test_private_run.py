@@ -171,6 +171,10 @@ def test_sections_that_say_nothing(change: dict[str, Any], why: str, settings: S
         ({"method": {"name": "flexlora"}, "privacy": CLIENTS}, "flexlora reads each upload itself"),
         ({"method": {"name": "median"}, "privacy": CLIENTS}, "reads each upload itself"),
         ({"clients": {"max_norm": 3.0}, "privacy": CLIENTS}, r"clients.max_norm is 3, and under \[privacy\] no upload"),
+        (
+            {"engine": {"name": "flower", "wire": "bfloat16"}, "privacy": CLIENTS},
+            "engine.wire is 'bfloat16', but under privacy.unit = 'client' noise is made for changes as clients clipped them",
+        ),
         ({"lora": {"dropout": 0.1}, "privacy": ROWS}, "has no dropout, got lora.dropout = 0.1"),
         ({"engine": {"name": "ray"}, "privacy": ROWS}, "not built for engine.name = 'ray' yet"),
         (

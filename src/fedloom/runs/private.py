@@ -123,6 +123,11 @@ def check_method(config: RunConfig, method: Method) -> None:
             f"privacy.noise = 'clients' is not built for engine.name = {config.engine.name!r} yet: set it to 'server', or "
             "engine.name to 'inprocess'"
         )
+    if c.unit == "client" and config.engine.wire != "float32":
+        raise ConfigError(
+            f"engine.wire is {config.engine.wire!r}, but under privacy.unit = 'client' noise is made for changes as clients "
+            "clipped them, which rounding on the wire would make longer: remove it"
+        )
     if c.unit == "example":
         _check_rows(config, method)
     if c.secure_aggregation:
