@@ -174,3 +174,13 @@ def test_what_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"not installed: pip install 'fedloom\[ray\]'"):
         cluster.check(None)
+
+
+def test_a_ray_without_token_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Imported before it could be asked for one, it would let in everybody."""
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    with pytest.raises(ConfigError, match="RAY_AUTH_MODE=token"):
+        cluster.resources(None)

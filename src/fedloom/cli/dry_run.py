@@ -31,7 +31,10 @@ def _lines(d: DryRun) -> list[tuple[str, str]]:
     return [
         ("load", f"{d.model} as {d.dtype} on {d.device}, {size(d.base_bytes)}; {duration(d.load_s)}"),
         ("rows", f"{d.rows} to train on, {d.held_out} held out; the longest has {d.longest_row} tokens"),
-        ("train", f"{d.sampled} of {d.clients} clients a round, {min(d.cohort, d.sampled)} in one pass ({d.why_cohort})"),
+        (
+            "train",
+            f"{d.sampled} of {d.clients} clients a round, {min(d.cohort, d.sampled)} in one pass ({d.why_cohort})",
+        ),
         ("", f"{d.trained:,} parameters on {d.layers} layers" + (f", {d.head:,} of the head" if d.head else "")),
         ("memory", f"about {size(d.memory_bytes)}, base and training, beside Python and its libraries"),
         ("send", f"a round {size(up)} up, {size(down)} down; {d.rounds} rounds {size(d.rounds * (up + down))}"),

@@ -141,7 +141,7 @@ def epsilons(one: Answered) -> dict[str, float]:
     return {
         result["client"]: result["epsilon"]
         for result in (said if isinstance(said, list) else [])
-        if isinstance(result, dict) and result.get("client") in asked
+        if isinstance(result, dict) and isinstance(result.get("client"), str) and result["client"] in asked
         if isinstance(result.get("epsilon"), float) and 0 <= result["epsilon"] < math.inf
     }
 

@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,8 +60,15 @@ def check(address: str | None) -> None:
 def _ray(address: str | None) -> Any:
     """Ray itself, which reads its environment when it is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # by default it tells its makers of every start
-    if address is None and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    early = sys.modules.get("ray")
+    if address is None and (early is None or not early.is_initialized()):
+        if early is not None and "RAY_AUTH_MODE" not in os.environ:
+            raise ConfigError(
+                "Ray was imported before fedloom could ask it for a token, and would let in whoever reaches its ports: set "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN in the environment, or call ray.init() before fedloom.run"
+            )
+        if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
     return ray
