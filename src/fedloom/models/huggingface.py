@@ -91,12 +91,12 @@ def load_base(
         packed = name in packaged.MODELS and source.name == path
         digest = packaged.weights_sha256(name) if packed else weights.sha256(source.directory)
     quantised.take_over(model)
-    check_usable(name, model, tokenizer)
     head = head_modules(model)
     _check_head(model, head, name)
     _restore_head(model, head, source.directory, dtype)
     fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     _draw(model, fresh, head, seed, name, kind)
+    check_usable(name, model, tokenizer)  # older transformers leave what is missing as memory had it, until it is drawn
     if quantization is not None:
         quantised.quantise(model, quantization, {*head, *_vocabulary(model)}, device)
         digest = hashlib.sha256(f"{digest} {quantised.settings(quantization)}".encode()).hexdigest()
