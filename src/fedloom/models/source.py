@@ -25,8 +25,6 @@ class Source:
     revision: str | None
     """Branch, tag or commit of a hub id, where one was asked for."""
     directory: Path
-    missing: int = 0
-    """Bytes of weights that are on the hub alone."""
 
 
 def resolve(name: str) -> str:
@@ -66,10 +64,10 @@ def resolve(name: str) -> str:
     return name
 
 
-def fetch(name: str, weights_too: bool = True, on_status: Callable[[str], None] = lambda what: None) -> Source:
+def fetch(name: str, on_status: Callable[[str], None] = lambda what: None) -> Source:
     """The files of a packaged name, a directory or a hub id; those of a hub are downloaded unless they are here.
 
-    Without `weights_too`, the weights are only looked for. Raises ModelError or HubError for a model that cannot be had.
+    Raises ModelError or HubError for a model that cannot be had.
     """
     found = resolve(name)
     if Path(found).is_dir():
@@ -80,7 +78,7 @@ def fetch(name: str, weights_too: bool = True, on_status: Callable[[str], None] 
     with hub.access("model", found, ModelError, advice) as online:
         try:
             if online:
-                return _download(repo, revision, weights_too, on_status)
+                return _download(repo, revision, on_status)
         except Exception as error:
             if not hub.passing(error):
                 raise
@@ -104,7 +102,7 @@ def _here(repo: str, revision: str | None) -> Path:
     return directory
 
 
-def _download(repo: str, revision: str | None, weights_too: bool, on_status: Callable[[str], None]) -> Source:
+def _download(repo: str, revision: str | None, on_status: Callable[[str], None]) -> Source:
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -121,12 +119,11 @@ def _download(repo: str, revision: str | None, weights_too: bool, on_status: Cal
     index = directory / first
     files = sorted(weights.indexed(index)) if first.endswith(".index.json") else [first]
     missing = [x for x in files if not isinstance(try_to_load_from_cache(repo, x, revision=commit), str)]
-    size = sum(sizes.get(name, 0) for name in missing)
-    if missing and weights_too:
+    if missing:
+        size = sum(sizes.get(name, 0) for name in missing)
         on_status(f"downloading {repo}: {size / 1e9:.2f} GB")
         snapshot_download(repo, revision=commit, allow_patterns=files)
-        size = 0
-    return Source(repo, revision, directory, size)
+    return Source(repo, revision, directory)
 
 
 @contextmanager
