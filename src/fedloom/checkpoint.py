@@ -20,7 +20,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from fedloom.disk import disk_errors, write, write_json
+from fedloom.disk import disk_errors, make_folder, write, write_json
 from fedloom.errors import RunError
 from fedloom.state import State
 
@@ -101,8 +101,7 @@ class ClientStates:
             self._staged[client] = state
             return
         name = f"{client}-{t:06d}.safetensors"
-        with disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         data = encode(state)
         write(self.folder / name, data)
         self._staged_files[client] = name
@@ -140,8 +139,7 @@ class ClientStates:
 
 def save(folder: Path, t: int, state: State, client_states: ClientStates, done: bool = False, keep: int = 1) -> None:
     """Write the checkpoint of round t; `done` once nothing is left to train. The last `keep` checkpoints stay."""
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     data = encode(state)
     name = f"state-{t:06d}{'-done' if done else ''}.safetensors"
     write(folder / name, data)

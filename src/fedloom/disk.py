@@ -33,6 +33,13 @@ def disk_errors(path: Path, then: str = "resume the run") -> Iterator[None]:
         ) from error
 
 
+def make_folder(path: Path, mode: int = 0o777) -> Path:
+    """A folder that is there, made if it is not."""
+    with disk_errors(path):
+        path.mkdir(mode, parents=True, exist_ok=True)
+    return path
+
+
 def write(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all."""
     with disk_errors(path):

@@ -18,12 +18,16 @@ def all_clients(clients: list[Client], t: int) -> list[Client]:
     return clients
 
 
+def count(share: float, clients: int) -> int:
+    """How many of so many clients a round asks: a share of them, at least one."""
+    return max(1, round(share * clients))
+
+
 def fraction(share: float, seed: int) -> Sampler:
     """A sampler that takes a share of the clients, at least one, uniformly: keyed by (seed, t), with no state."""
 
     def sample(clients: list[Client], t: int) -> list[Client]:
-        count = max(1, round(share * len(clients)))
         order = torch.randperm(len(clients), generator=generator(seed, t, "sample"))
-        return [clients[i] for i in order[:count].tolist()]
+        return [clients[i] for i in order[: count(share, len(clients))].tolist()]
 
     return sample if share < 1 else all_clients

@@ -27,7 +27,7 @@ from fedloom.flower.sandbox import Deployment, environment, free_ports, lend, su
 from fedloom.flower.supervisor import Program, Supervisor
 from fedloom.flower.transport import GridTransport
 from fedloom.loop import federate
-from fedloom.privacy.secure_visits import SecureSimulation, SecureSums, SecureVisits
+from fedloom.privacy.secure_visits import SecureSums
 from fedloom.runs import run as runs
 from fedloom.runs.config import RunConfig, parse
 from fedloom.runs.experiment import experiment
@@ -35,6 +35,7 @@ from fedloom.runs.flower_node import local_worker
 from fedloom.runs.run_directory import RunDirectory
 from fedloom.simulation import LocalVisits, Simulation
 
+from . import toys
 from .middleman import Middleman
 
 Settings = Callable[..., dict[str, Any]]
@@ -196,23 +197,6 @@ def test_a_quorum_that_is_missed_stops_the_run_at_its_checkpoint(
     assert [r["round"] for r in result.rounds] == [0, 1] and result.rounds[1]["dropped"] == {}
 
 
-class AbsentSecure(SecureSimulation[Any]):
-    """Secure sums in this process, where some clients are lost before their upload in some rounds."""
-
-    missing: dict[int, set[str]]
-
-    def visits(self, method: Method, round: Round) -> SecureVisits[Any]:
-        return _AbsentSecureVisits(self, method, round, self.sums)
-
-
-class _AbsentSecureVisits(SecureVisits[Any]):
-    def run(self, jobs: Iterable[Job]) -> Iterator[Answer | Failure]:
-        assert isinstance(self.engine, AbsentSecure)
-        gone, every = self.engine.missing.get(self.round.t, set()), list(jobs)
-        yield from (Failure(client, "missing") for client, _ in every if client.id in gone)
-        yield from super().run([job for job in every if job[0].id not in gone])
-
-
 def test_a_client_killed_within_a_secure_sum_and_the_bytes_of_the_simulator(
     machines: Machines, settings: Settings, tmp_path: Path
 ) -> None:
@@ -255,8 +239,8 @@ def test_a_client_killed_within_a_secure_sum_and_the_bytes_of_the_simulator(
     assert f"without shares of {victim}" in " ".join(result.rounds[2]["engine"]["notes"])
     assert result.rounds[2]["bytes_up"]["masks"] > 0 and result.rounds[2]["train_loss"] is None
 
-    engine = AbsentSecure(e.trainer, e.sites, e.rows_of, fresh=e.head, cohort=1)
-    engine.sums, engine.missing = SecureSums(least=2), {1: {victim}}
+    engine = toys.Absent(e.trainer, e.sites, e.rows_of, fresh=e.head, cohort=1)
+    engine.sums, engine.gone = SecureSums(least=2), {1: {victim}}
     want = federate(e.method, engine, e.initial_state(), e.clients, 2)
     assert same(final(tmp_path / "run"), want)
     plain = parse(values | {"engine": {"cohort": 1}}, "test")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedloom.core import Client, Failure, Method, Round, State
-from fedloom.engine import Answer, Engine, Job
+from fedloom.core import Client, Method, State
+from fedloom.engine import Engine
 from fedloom.errors import RoundError, VoidRound
 from fedloom.flower import codec
 from fedloom.flower.coordinator import Coordinator
@@ -23,12 +23,12 @@ from fedloom.flower.worker import Worker
 from fedloom.loop import Record, federate, one_round
 from fedloom.methods import build
 from fedloom.privacy.keys import Identity
-from fedloom.privacy.secure_visits import SecureSimulation, SecureSums, SecureVisits
+from fedloom.privacy.secure_visits import SecureSums
 from fedloom.privacy.sum_plan import Rule
 
-from ..methods.cases import CASES, EXAMPLES, RANK, Case, Rows, engine, flat, start
+from ..methods.cases import CASES, EXAMPLES, RANK, Case, engine, flat, start
 from .direct import Direct
-from .toys import ToyNode, coordinator
+from .toys import Absent, ToyNode, coordinator
 
 pytestmark = pytest.mark.usefixtures("at_once")
 CLIENTS = [Client(key, n, RANK) for key, n in EXAMPLES.items()]
@@ -58,24 +58,6 @@ def simulator(rule: Rule = RULE, gone: dict[int, set[str]] | None = None) -> Any
         return made
 
     return engine(kind=make, cohort=1)
-
-
-class Absent(SecureSimulation[Rows]):
-    """The simulator, where some clients are lost before their upload in some rounds."""
-
-    gone: dict[int, set[str]]
-
-    def visits(self, method: Method, round: Round) -> SecureVisits[Rows]:
-        return _AbsentVisits(self, method, round, self.sums)
-
-
-class _AbsentVisits(SecureVisits[Rows]):
-    def run(self, jobs: Iterable[Job]) -> Iterator[Answer | Failure]:
-        assert isinstance(self.engine, Absent)
-        gone = self.engine.gone.get(self.round.t, set())
-        every = list(jobs)
-        yield from (Failure(client, "lost") for client, _ in every if client.id in gone)
-        yield from super().run([job for job in every if job[0].id not in gone])
 
 
 def told(records: list[Record]) -> list[tuple[Any, ...]]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from fedloom.client import Client
-from fedloom.core import Mean, Method, Round, Send, Visit, Work
+from fedloom.core import Failure, Mean, Method, Round, Send, Visit, Work
+from fedloom.engine import Answer, Job
 from fedloom.flower.codec import Form
 from fedloom.flower.coordinator import Coordinator, RoundPolicy
 from fedloom.flower.node_visits import NodeRun
 from fedloom.flower.transport import Transport
 from fedloom.flower.worker import Worker
+from fedloom.privacy.secure_visits import SecureSimulation, SecureVisits
 from fedloom.spec import like
 from fedloom.state import Sites, State, only
 
@@ -121,3 +123,20 @@ class Uneven(TwoSteps):
 
     def more(self, visit: Visit) -> int:
         return int(visit.client.id == "a")
+
+
+class Absent(SecureSimulation[Any]):
+    """Secure sums in this process, where some clients are lost before their upload in some rounds."""
+
+    gone: dict[int, set[str]]
+
+    def visits(self, method: Method, round: Round) -> SecureVisits[Any]:
+        return _AbsentVisits(self, method, round, self.sums)
+
+
+class _AbsentVisits(SecureVisits[Any]):
+    def run(self, jobs: Iterable[Job]) -> Iterator[Answer | Failure]:
+        assert isinstance(self.engine, Absent)
+        gone, every = self.engine.gone.get(self.round.t, set()), list(jobs)
+        yield from (Failure(client, "lost") for client, _ in every if client.id in gone)
+        yield from super().run([job for job in every if job[0].id not in gone])

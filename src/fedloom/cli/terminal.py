@@ -72,7 +72,7 @@ class Terminal(Observer):
     def assembled(self, experiment: Experiment) -> None:
         c, method, parts = experiment.config, experiment.method, experiment
         trained = parts.parameters[0]
-        head = sum(x.numel() for group in parts.head.values() for x in group.values())
+        head = parts.head_parameters
         self.console.print(
             f"{title(method)} on {c.task.data}: {len(parts.clients)} clients, "
             f"{len(parts.rows.train)} training rows, {len(parts.rows.eval)} held out",

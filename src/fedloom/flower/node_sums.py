@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedloom.client import Client, Failure
 from fedloom.core import Method, Visit
-from fedloom.disk import disk_errors
+from fedloom.disk import make_folder
 from fedloom.engine import Answer
 from fedloom.errors import RoundError
 from fedloom.flower import sum_wire
@@ -93,7 +93,4 @@ class NodeSums:
         return Party(client, self.key(client), told.terms, Memory(self._file(client, "json")))
 
     def _file(self, client: str, kind: str) -> Path:
-        folder = self.folder / "secure"
-        with disk_errors(folder):
-            folder.mkdir(0o700, parents=True, exist_ok=True)  # the shares in it are the client's own
-        return folder / f"{client}.{kind}"
+        return make_folder(self.folder / "secure", 0o700) / f"{client}.{kind}"  # the shares in it are the client's own

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedloom.checkpoint import decode, encode
 from fedloom.client import Client
-from fedloom.disk import disk_errors, write
+from fedloom.disk import disk_errors, make_folder, write
 from fedloom.errors import RunError
 from fedloom.flower import sum_wire
 from fedloom.flower.message import WireError, pack, unpack
@@ -115,8 +115,7 @@ class RemoteSums:
             "waiting": sorted(waiting),
             "bound": terms.bound.hex(),
         }
-        with disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         write(self.path(terms.t, terms.part), pack(said, [encode(masked)]))
 
     def may_be_open(self, t: int) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from fedloom import checkpoint, methods
+from fedloom import checkpoint, methods, sampling
 from fedloom.client import Client
 from fedloom.core import Averaged, Mean, Round, State, Visit, Work
 from fedloom.data.tokenize import Encoded
@@ -170,7 +170,7 @@ def _with_shares(e: Experiment, private: ClientLevel, total: torch.Tensor) -> to
     section = e.config.privacy
     assert section is not None
     sums = SecureSums(least=section.min_clients, limit=section.limit, bits=section.bits)
-    asked = e.clients[: max(1, round(e.config.clients.fraction * len(e.clients)))]
+    asked = e.clients[: sampling.count(e.config.clients.fraction, len(e.clients))]
     plain = sums.terms("audit", 1, 0, sums.public(asked), bytes(16), b"")
     everywhere = torch.ones(NUMBERS, dtype=torch.bool)
     terms, shares = noisy_terms(plain, private.noise_multiplier, private.clip, everywhere)

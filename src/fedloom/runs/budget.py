@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ from fedloom.runs import canaries, private
 from fedloom.runs.experiment import Experiment
 from fedloom.runs.privacy_section import PrivacySection
 from fedloom.state import State
+
+
+def affordable(after: Callable[[int], float], rounds: int, most: float) -> int:
+    """How many of so many rounds keep epsilon, which grows with them, at `most`."""
+    return bisect_right(range(1, rounds + 1), most, key=after)
 
 
 class Budget:
@@ -44,17 +50,14 @@ class Budget:
         paid = max([done, *(entry.round for entry in self.ledger.entries)])
         if target is None or paid >= wanted:
             return wanted
-        low, high = 0, wanted - paid
-        while low < high:  # epsilon grows with the rounds
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.epsilon(middle) <= target else (low, middle - 1)
-        if low == 0 and paid == done:
+        more = affordable(self.epsilon, wanted - paid, target)
+        if more == 0 and paid == done:
             raise RunError(
                 f"the privacy budget is spent: epsilon {self.epsilon():.4g} after {paid} rounds, and one more would pass "
                 f"privacy.target_epsilon {target:g}. The model of round {done} is what it buys: set train.rounds = {done}, or "
                 "begin a new run with more noise or a larger target"
             )
-        return paid + low
+        return paid + more
 
     def spend(self, record: Record, state: State) -> dict[str, Any]:
         """Pay for a round before its state is used; what rounds.jsonl says of it, from which clients' own numbers go.

@@ -206,6 +206,10 @@ class TrainSection(Section):
             raise ValueError("local_steps and local_epochs are both set, expected one of them")
         return self
 
+    def scored(self, t: int, last: int) -> bool:
+        """Whether the model of round t is evaluated, in a run that ends after round `last`."""
+        return t in (0, last) or (self.evaluate_every > 0 and t % self.evaluate_every == 0)
+
 
 class EngineSection(Section):
     """[engine]: where clients run."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
+from fedloom import sampling
 from fedloom.data import choices
 from fedloom.data.metrics import NEEDS_TEXT
 from fedloom.errors import ConfigError
@@ -37,7 +38,7 @@ def refuse_too_many(config: RunConfig, clients: int) -> None:
 
 
 def _too_many(config: RunConfig, clients: int) -> Iterator[str]:
-    asked = max(1, round(config.clients.fraction * clients))
+    asked = sampling.count(config.clients.fraction, clients)
     if config.engine.quorum > asked:
         yield f"engine.quorum is {config.engine.quorum}, but a round asks {asked} of {clients} clients: lower it"
     for key in ("ranks", "keep"):

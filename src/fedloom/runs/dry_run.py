@@ -7,14 +7,15 @@ with the held-out rows. It is an estimate: a round's time depends on the rows th
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from fedloom import sampling
 from fedloom.core import Client
 from fedloom.runs import run as runs
 from fedloom.runs.config import EngineSection, RunConfig, TrackSection, TrainSection
@@ -82,7 +83,7 @@ def dry_run(config: RunConfig, observer: runs.Observer | None = None) -> DryRun:
     e = runs.prepared(config, told)
     told.assembled(e)
     facts = _facts(e)
-    samples, clients = _samples(config, e.clients), max(1, round(config.clients.fraction * len(e.clients)))
+    samples, clients = _samples(config, e.clients), sampling.count(config.clients.fraction, len(e.clients))
     del e  # the rehearsal loads its own
     seen = _Seen(told)
     with tempfile.TemporaryDirectory() as folder:
@@ -98,8 +99,8 @@ def dry_run(config: RunConfig, observer: runs.Observer | None = None) -> DryRun:
         **facts,
         sampled=clients,
         rounds=rounds,
-        up_bytes=_mean([sum(r["bytes_up"].values()) for r in trained]),
-        down_bytes=_mean([sum(r["bytes_down"].values()) for r in trained]),
+        up_bytes=_mean_sum(trained, "bytes_up"),
+        down_bytes=_mean_sum(trained, "bytes_down"),
         load_s=seen.load_s,
         round_s=round_s,
         evaluation_s=evaluation_s,
@@ -121,7 +122,7 @@ def _facts(e: Experiment) -> dict[str, Any]:
         "base_bytes": need.base,
         "layers": len(e.sites),
         "trained": e.parameters[0],
-        "head": sum(x.numel() for group in e.head.values() for x in group.values()),
+        "head": e.head_parameters,
         "cohort": e.cohort,
         "why_cohort": "engine.cohort" if asked != "auto" else "by tokens, memory and processor",
         "memory_bytes": need.total(min(e.cohort, len(e.clients))),
@@ -135,14 +136,13 @@ def _samples(config: RunConfig, clients: Sequence[Client]) -> float:
         mean = float(train.local_steps * train.batch_size)
     else:
         mean = (train.local_epochs or 1) * sum(client.examples for client in clients) / len(clients)
-    return mean * max(1, round(config.clients.fraction * len(clients)))
+    return mean * sampling.count(config.clients.fraction, len(clients))
 
 
 def _evaluations(config: RunConfig) -> int:
     """How often a run is scored: at its start, where it is due, and at its end."""
-    rounds, every = config.train.rounds, config.train.evaluate_every
-    due = {0, rounds} | (set(range(every, rounds + 1, every)) if every > 0 else set())
-    return len(due)
+    train = config.train
+    return sum(train.scored(t, train.rounds) for t in range(train.rounds + 1))
 
 
 def _short(config: RunConfig) -> RunConfig:
@@ -165,5 +165,5 @@ def _short(config: RunConfig) -> RunConfig:
     )
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else 0.0
+def _mean_sum(records: Sequence[dict[str, Any]], key: str) -> float:
+    return fmean(sum(r[key].values()) for r in records) if records else 0.0

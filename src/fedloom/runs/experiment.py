@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedloom import sampling
 from fedloom.client import Client
 from fedloom.core import Method, Visit, Work
 from fedloom.data import choices, load, partition
@@ -165,6 +166,11 @@ class Experiment:
 
         return count({} if seen.work is None else seen.work.train), count(seen.sent)
 
+    @property
+    def head_parameters(self) -> int:
+        """Of the task head; 0 for a causal LM."""
+        return sum(x.numel() for group in self.head.values() for x in group.values())
+
     def rows_of(self, client: str) -> Encoded:
         """The training rows of one client; the proxy rows of the server."""
         if client == "server":
@@ -185,7 +191,7 @@ class Experiment:
         tokens = self.config.train.batch_size * max(1.0, float(self.rows.train.lengths.mean()))
         if (at := self.elsewhere) is None:
             return memory.cohort(self.memory, size, tokens, self.device, memory.free(self.device))
-        share = math.ceil(max(1, round(self.config.clients.fraction * len(self.clients))) / at.workers)
+        share = math.ceil(sampling.count(self.config.clients.fraction, len(self.clients)) / at.workers)
         return min(share, memory.cohort(self.memory, size, tokens, self.device, at.free))
 
     @cached_property
@@ -199,7 +205,7 @@ class Experiment:
             self.dtype,
             tokens=tokens,
             answers=tokens if rows.kind == "causal-lm" else 0,
-            trained=self.parameters[0] + sum(x.numel() for group in self.head.values() for x in group.values()),
+            trained=self.parameters[0] + self.head_parameters,
             checkpointing=self.config.model.checkpointing,
         )
 

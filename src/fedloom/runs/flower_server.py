@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedloom import sampling
 from fedloom.client import Client
 from fedloom.engine import Engine
 from fedloom.errors import ConfigError
@@ -130,7 +131,7 @@ def _policy(config: RunConfig, clients: int) -> RoundPolicy:
     count = config.clients.count or clients
     return RoundPolicy(
         deadline_s=config.engine.deadline_s,
-        enough=max(1, round(config.clients.fraction * count)) if config.engine.oversample > 0 else None,
+        enough=sampling.count(config.clients.fraction, count) if config.engine.oversample > 0 else None,
         form=_FORMS[config.engine.wire],
     )
 
@@ -144,6 +145,6 @@ def sampler(e: Experiment) -> Sampler:
     """Who is asked each round: the share of the configuration, and more of them where it asks for more than it needs."""
     c = e.config
     more = 1.0 + (c.engine.oversample if c.engine.name != "inprocess" else 0.0)
-    wanted = max(1, round(c.clients.fraction * len(e.clients)))
+    wanted = sampling.count(c.clients.fraction, len(e.clients))
     share = math.ceil(wanted * more) / len(e.clients) if more > 1 else c.clients.fraction
     return fraction(min(1.0, share), c.seed)

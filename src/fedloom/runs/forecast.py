@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedloom import describe
+from fedloom import describe, sampling
 from fedloom.core import Client
 from fedloom.errors import ConfigError
 from fedloom.flows import rehearse
@@ -59,8 +59,8 @@ def forecast(e: Experiment) -> Forecast:
     sent = {} if seen is None else seen.sent
     numbers = sum(x.numel() for role, group in sent.items() if role != "head" for x in group.values())
     if "head" in describe.roles_up(e.method):
-        numbers += sum(x.numel() for group in e.head.values() for x in group.values())
-    asked = max(1, round(e.config.clients.fraction * len(e.clients)))
+        numbers += e.head_parameters
+    asked = sampling.count(e.config.clients.fraction, len(e.clients))
     values: dict[str, Any] = {"clients": asked, "rounds": e.config.train.rounds, "numbers": numbers}
     if c.secure_aggregation:
         values |= _sums(c, asked, numbers)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fedloom import describe, methods
+from fedloom import describe, methods, sampling
 from fedloom.client import Client
 from fedloom.core import Method
 from fedloom.data.tokenize import Encoded
@@ -168,7 +168,7 @@ def check_clients(config: RunConfig, clients: Sequence[Client]) -> None:
     """Raise ConfigError if [privacy] cannot be kept with these clients."""
     c = config.privacy
     check_delta(config, clients)
-    asked = max(1, round(config.clients.fraction * len(clients)))
+    asked = sampling.count(config.clients.fraction, len(clients))
     if c is not None and c.clipping == "adaptive":
         from fedloom.privacy.clip_bound import check_count
 

@@ -285,8 +285,7 @@ class _Run:
 
     def _record(self, record: Record, state: State) -> None:
         """Evaluate if it is time to, and add the round's line to rounds.jsonl."""
-        every = self.e.config.train.evaluate_every
-        due = record.t in (0, self.rounds) or (every > 0 and record.t % every == 0)
+        due = self.e.config.train.scored(record.t, self.rounds)
         scores = self._scores(state, record.t) if due else None
         self._write(record, state, scores)
 
@@ -363,7 +362,7 @@ class _Run:
                     "threads": torch.get_num_threads(),
                 },
                 "lora_parameters": e.parameters[1],
-                "head_parameters": sum(x.numel() for group in e.head.values() for x in group.values()),
+                "head_parameters": e.head_parameters,
                 "versions": versions(*(["bitsandbytes"] if quantised.quantised(e.base.model) else [])),
                 "accepted_changes": self._accepted,
                 "hashes": {"config": digest_file(self.run.config_file), **e.hashes, "adapter": None, **adapters},

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom import __version__
-from fedloom.disk import disk_errors, write, write_json
+from fedloom.disk import disk_errors, make_folder, write, write_json
 from fedloom.errors import RunError
 from fedloom.runs.config import RunConfig, parse, read_toml
 
@@ -53,8 +53,7 @@ class RunDirectory:
         """A new run directory that holds the configuration. Raises RunError if there is something at `path` already."""
         RunDirectory.require_free(path)
         run = RunDirectory(path)
-        with disk_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         write(run.config_file, config.to_toml().encode())
         return run
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedloom import toml
+from fedloom import disk, toml
 from fedloom.errors import ConfigError
 from fedloom.privacy.secret import secret_file
 from fedloom.runs.config import RunConfig
@@ -75,12 +75,9 @@ def missing(config: RunConfig, clients: Sequence[str]) -> None:
 
 def identity(folder: Path) -> Identity:
     """Who a site is, in every run: `identity.key` in its folder, made when it is first asked for."""
-    from fedloom.disk import disk_errors
     from fedloom.privacy.keys import Identity
 
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return Identity(secret_file(folder / "identity.key"))
+    return Identity(secret_file(disk.make_folder(folder) / "identity.key"))
 
 
 def check_identity(config: RunConfig, client: str, found: Identity) -> None:
@@ -116,8 +113,4 @@ def nonce(config: RunConfig, folder: Path) -> str:
     """What makes a run unlike another one in a directory of the same name: clients open no sum of a round twice."""
     if not wanted(config):
         return ""
-    from fedloom.disk import disk_errors
-
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return secret_file(folder / "run.id").hex()
+    return secret_file(disk.make_folder(folder) / "run.id").hex()

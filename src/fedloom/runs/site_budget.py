@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedloom.disk import disk_errors
+from fedloom import disk
 from fedloom.engine import Engine
 from fedloom.errors import RunError
 from fedloom.flower.coordinator import Coordinator
@@ -21,7 +21,7 @@ from fedloom.privacy.example_level import Private
 from fedloom.privacy.ledger import Entry
 from fedloom.privacy.secret import secret_file
 from fedloom.runs import private
-from fedloom.runs.budget import Budget, per_round
+from fedloom.runs.budget import Budget, affordable, per_round
 from fedloom.runs.experiment import Experiment
 from fedloom.runs.privacy_section import PrivacySection
 from fedloom.state import State
@@ -43,9 +43,7 @@ class SiteLedgers:
 
     def _budget(self, client: str, release: Release) -> Budget:
         # From the disk each time: on one machine another worker may have trained this client since.
-        with disk_errors(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-        return Budget(self._folder / f"{client}.jsonl", self._section, {client: release})
+        return Budget(disk.make_folder(self._folder) / f"{client}.jsonl", self._section, {client: release})
 
 
 def at_site(folder: Path, e: Experiment) -> SiteLedgers | None:
@@ -54,9 +52,7 @@ def at_site(folder: Path, e: Experiment) -> SiteLedgers | None:
     if section is None or section.unit != "example":
         return None
     private.check_delta(e.config, e.clients)
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    ledgers = SiteLedgers(folder / "ledgers", section)
+    ledgers = SiteLedgers(disk.make_folder(folder) / "ledgers", section)
     z = private.noise_multiplier(e.config, e.clients)
     made = Private(section.first_clip, z, secret_file(folder / "noise.key"), ledgers.spend)
     e.trainer.settings = replace(e.trainer.settings, private=made)
@@ -76,17 +72,14 @@ class SitesBudget(Budget):
         target = self.section.target_epsilon
         if target is None or done >= wanted:
             return wanted
-        low, high = 0, wanted
-        while low < high:  # epsilon grows with the rounds
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.epsilon(middle) <= target * (1 + 1e-9) else (low, middle - 1)
-        if low <= done:
+        last = affordable(self.epsilon, wanted, target * (1 + 1e-9))
+        if last <= done:
             raise RunError(
                 f"the privacy budget is spent: one more round after round {done} would take epsilon of a site beyond "
                 f"privacy.target_epsilon {target:g}. Set train.rounds = {done}, or begin a new run with more noise or a larger "
                 "target"
             )
-        return low
+        return last
 
     def spend(self, record: Record, state: State) -> dict[str, Any]:
         """What rounds.jsonl says of a round that the sites have paid for, from which clients' own numbers go."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fedloom import sampling
 from fedloom.errors import ConfigError, FedloomError
 from fedloom.runs import config as configs
 from fedloom.runs.config import RunConfig, TrainSection
@@ -141,5 +142,5 @@ def _control(base: Mapping[str, Any], label: str) -> dict[str, Any]:
     if "local_steps" in train:
         # As many samples a round as the clients of a round together.
         share = base.get("clients", {})
-        train["local_steps"] *= max(1, round(share.get("count", 4) * share.get("fraction", 1.0)))
+        train["local_steps"] *= sampling.count(share.get("fraction", 1.0), share.get("count", 4))
     return values | {"method": {"name": "fedit"}, "clients": pooled, "train": train}
