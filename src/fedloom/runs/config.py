@@ -102,10 +102,25 @@ class LoraSection(Section):
     """The product B A is multiplied by alpha / rank."""
     targets: Literal["auto", "all-linear"] | list[str] = "auto"
     """Endings of layers' names; `auto`: those of the architecture's papers or of PEFT, else every linear layer."""
+    layers: Literal["all", "upper half", "lower half"] | list[int] = "all"
+    """Blocks whose layers are adapted, by name or by number from 0; nothing below the first of them is trained."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """On the adapters' inputs."""
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _blocks(cls, layers: Any) -> Any:
+        if isinstance(layers, list):
+            whole = layers and all(type(i) is int and i >= 0 for i in layers) and len({*layers}) == len(layers)
+        else:
+            whole = layers in ("all", "upper half", "lower half")
+        if not whole:
+            raise ValueError(
+                f"got {shown(layers)}, expected 'all', 'upper half', 'lower half', or numbers of blocks: [3, 4, 5]"
+            )
+        return layers
 
 
 Share = Annotated[float, Field(gt=0, le=1)]

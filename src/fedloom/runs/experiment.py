@@ -29,6 +29,7 @@ from fedloom.models.dtypes import auto_dtype
 from fedloom.models.usable import row_length
 from fedloom.rng import generator
 from fedloom.runs import memory, private
+from fedloom.runs.adapted import adapted
 from fedloom.runs.canaries import Canaries
 from fedloom.runs.config import RunConfig
 from fedloom.runs.given import GIVEN, Given
@@ -255,8 +256,7 @@ def experiment(
     clients = planned.clients(parts)
     if only_client is None and (c.engine.superlink is None or (c.privacy is not None and c.privacy.unit != "example")):
         private.check_clients(c, clients)  # rows that protect nobody here are checked where they are
-    targets = _targets(c, base)
-    sites = huggingface.find_sites(base.model, targets)
+    targets, sites = adapted(c.lora, base.model)
     together = huggingface.check_sites(base.model, sites)
     huggingface.check_rank(sites, planned.method.rank)
     head = dict(base.head_weights)
@@ -343,13 +343,6 @@ def base_of(
         quantization=config.model.quantization,
         on_status=on_status,
     )
-
-
-def _targets(config: RunConfig, base: huggingface.Base) -> list[str]:
-    asked = config.lora.targets
-    if asked == "auto":
-        return huggingface.default_targets(base.model)
-    return huggingface.all_linear(base.model) if asked == "all-linear" else list(asked)
 
 
 def _partition(config: RunConfig, table: Tables) -> dict[str, list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fedloom import checkpoint
@@ -18,6 +19,15 @@ def changes(run: RunDirectory, started: dict[str, Any], e: Experiment) -> dict[s
     if e.config.engine.superlink is not None:  # the rows are on the nodes, which have an agreement of their own
         now.pop("partition")
     return {name: [then[name], value] for name, value in now.items() if name in then and then[name] != value}
+
+
+def same_layers(path: Path, started: dict[str, Any], e: Experiment) -> None:
+    """Raise RunError if the run's adapters are in other layers than its configuration now says: no consent helps there."""
+    if started.get("targets", e.targets) != e.targets:
+        raise RunError(
+            f"the adapters of {path} are in other layers than lora.targets and lora.layers of its run.toml now name: set them "
+            "back, or begin a new run"
+        )
 
 
 def whole(run: RunDirectory, manifest: dict[str, Any]) -> bool:

@@ -149,6 +149,7 @@ def resume(
         engines.check_startable(config, transport)
         e = experiment(config, observer.doing, given=given, device=engines.device(config))
         e.rows.encode()
+        resumption.same_layers(path, started, e)
         accepted = list(started.get("accepted_changes", []))
         if changed := resumption.changes(run, started, e):
             if not accept_changes:
