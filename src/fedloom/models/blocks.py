@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from torch import nn
@@ -61,7 +61,7 @@ def sites_in(model: nn.Module, sites: Sites, blocks: Blocks) -> Sites:
     return found
 
 
-def below(model: nn.Module, sites: Sites | Sequence[str]) -> list[str]:
+def below(model: nn.Module, sites: Iterable[str]) -> list[str]:
     """Names of the blocks before the first that holds a site: none of them ever changes, nor what goes into them.
 
     Empty where a site is in no block, or the blocks cannot be told.

@@ -103,7 +103,7 @@ class LoraSection(Section):
     targets: Literal["auto", "all-linear"] | list[str] = "auto"
     """Endings of layers' names; `auto`: those of the architecture's papers or of PEFT, else every linear layer."""
     layers: Literal["all", "upper half", "lower half"] | list[int] = "all"
-    """Blocks whose layers are adapted, by name or by number from 0; nothing below the first of them is trained."""
+    """Blocks whose layers are adapted, by name or by number from 0. Those below the first are computed once for each row."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -237,6 +237,9 @@ class EngineSection(Section):
     """Of torch; by default torch's own choice, and with ray each worker's share of the cores."""
     kernels: Literal["auto", "off"] = "auto"
     """Fast paths of training where the architecture has them; `off`: the plain one, for any model."""
+    prefix_gib: Literal["auto"] | Annotated[float, Field(ge=0, le=1e6)] = "auto"
+    """Memory of a process for what the frozen blocks below lora.layers make of the rows; `auto`: a quarter of what is free.
+    Rows without room, with 0 all, are computed anew in every step: slower, and the same numbers."""
 
     workers: int | None = Field(None, ge=1, le=4096)
     """ray: each holds the base once; by default one for each GPU, or two."""

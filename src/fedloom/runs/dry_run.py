@@ -17,6 +17,7 @@ from typing import Any
 
 from fedloom import sampling
 from fedloom.core import Client
+from fedloom.runs import memory
 from fedloom.runs import run as runs
 from fedloom.runs.config import EngineSection, RunConfig, TrackSection, TrainSection
 from fedloom.runs.experiment import Experiment
@@ -48,6 +49,12 @@ class DryRun:
     cohort: int
     """Clients in one pass."""
     why_cohort: str
+    frozen_blocks: int
+    """Below the first that is adapted, computed once for each row."""
+    frozen_bytes: int
+    """That what they make of all rows would take."""
+    room_bytes: int
+    """That it may take."""
     memory_bytes: int
     """The base, and what training a cohort adds, by the memory model."""
     rounds: int
@@ -125,6 +132,9 @@ def _facts(e: Experiment) -> dict[str, Any]:
         "head": e.head_parameters,
         "cohort": e.cohort,
         "why_cohort": "engine.cohort" if asked != "auto" else "by tokens, memory and processor",
+        "frozen_blocks": 0 if e.trainer.prefix is None else e.trainer.prefix.blocks,
+        "frozen_bytes": memory.states_bytes(e.base.model, e.dtype, len(e.rows.train.tokens) + len(e.rows.eval.tokens)),
+        "room_bytes": memory.prefix_bytes(e.config.engine, e.device),
         "memory_bytes": need.total(min(e.cohort, len(e.clients))),
     }
 
@@ -153,7 +163,8 @@ def _short(config: RunConfig) -> RunConfig:
         "local_epochs": None,
         "evaluate_every": 0,
     }
-    engine = EngineSection(kernels=config.engine.kernels, cohort=config.engine.cohort, threads=config.engine.threads)
+    same = ("kernels", "cohort", "threads", "prefix_gib")
+    engine = EngineSection.model_validate({key: getattr(config.engine, key) for key in same})
     limit = min(HELD_OUT, config.task.eval_limit or HELD_OUT)
     return config.model_copy(
         update={

@@ -25,6 +25,7 @@ from fedloom.data.tokenize import Encoded, encode_causal, encode_labelled
 from fedloom.errors import ConfigError, ModelError
 from fedloom.flows import rehearse
 from fedloom.models import huggingface, identity, quantised
+from fedloom.models.blocks import below
 from fedloom.models.dtypes import auto_dtype
 from fedloom.models.usable import row_length
 from fedloom.rng import generator
@@ -208,6 +209,7 @@ class Experiment:
             answers=tokens if rows.kind == "causal-lm" else 0,
             trained=self.parameters[0] + self.head_parameters,
             checkpointing=self.config.model.checkpointing,
+            frozen=below(self.base.model, self.sites),
         )
 
     @cached_property
@@ -386,4 +388,5 @@ def trainer_of(
         dtype=dtype,
         attention=config.model.attention,
         kernels=config.engine.kernels,
+        prefix_bytes=memory.prefix_bytes(config.engine, device),
     )

@@ -7,6 +7,7 @@ tokens, a part of them answers, were 1.5 and 2.0 MB a token, measured when the l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.models import quantised
+from fedloom.runs.config import EngineSection
+from fedloom.train.frozen_prefix import DEFAULT_BYTES
 from fedloom.train.lora_linear import shape_of
 
 TOKENS_AT_ONCE = 4096
@@ -43,17 +46,32 @@ class Memory:
 
 
 def memory(
-    model: nn.Module, dtype: torch.dtype, *, tokens: int, answers: int, trained: int, checkpointing: bool = False
+    model: nn.Module,
+    dtype: torch.dtype,
+    *,
+    tokens: int,
+    answers: int,
+    trained: int,
+    checkpointing: bool = False,
+    frozen: Sequence[str] = (),
 ) -> Memory:
-    """Of steps of `tokens` tokens with padding, `answers` of them with logits, and `trained` parameters a client."""
+    """Of steps of `tokens` tokens with padding, `answers` of them with logits, and `trained` parameters a client.
+
+    `frozen` are blocks that no gradient goes into.
+    """
     size = torch.empty(0, dtype=dtype).element_size()
     config = getattr(model, "config", None)
     embeddings = getattr(model, "get_output_embeddings", None)
     head = None if embeddings is None else embeddings()
-    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+    still = tuple(f"{name}." for name in frozen)
+    layers = [
+        m
+        for name, m in model.named_modules()
+        if isinstance(m, (nn.Linear, Conv1D)) and m is not head and not name.startswith(still)
+    ]
     widths = sum(sum(shape_of(m)) for m in layers)
     if checkpointing:  # the input of every block, and one block's inside
-        blocks = max(1, int(getattr(config, "num_hidden_layers", 1)))
+        blocks = max(1, int(getattr(config, "num_hidden_layers", 1)) - len(frozen))
         widths = widths // blocks + blocks * int(getattr(config, "hidden_size", 0))
     vocabulary = 0 if head is None else int(getattr(config, "vocab_size", 0))
     adapter = 4 * 4 * trained  # float32: parameters, gradients and two moments
@@ -71,6 +89,24 @@ def cohort(need: Memory, parameters: int, tokens: float, device: torch.device, f
     if free is not None:
         most = min(most, int(_SHARE * free / max(1, need.client)))
     return max(1, most)
+
+
+def states_bytes(model: nn.Module, dtype: torch.dtype, tokens: int) -> int:
+    """What the states of so many tokens between two blocks take."""
+    width = int(getattr(getattr(model, "config", None), "hidden_size", 0))
+    return tokens * width * torch.empty(0, dtype=dtype).element_size()
+
+
+def prefix_bytes(engine: EngineSection, device: torch.device) -> int:
+    """What the states of a frozen prefix may take in each process that trains."""
+    if engine.prefix_gib != "auto":
+        return int(engine.prefix_gib * 2**30)
+    here = free(device)
+    if here is None:
+        return DEFAULT_BYTES
+    # Processes that share a processor share its memory.
+    sharing = {"ray": engine.workers or 2, "flower": 1 if engine.superlink is not None else engine.nodes or 2}
+    return here // 4 // (sharing.get(engine.name, 1) if device.type == "cpu" else 1)
 
 
 def free(device: torch.device) -> int | None:

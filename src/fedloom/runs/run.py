@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +268,8 @@ class _Run:
         if e.method.personal_models or e.method.personal_phase:
             self.engine.export(e.method, self._served(state), self.rounds + 1)
         clients = {path.parent.name: digest_files(path) for path in sorted(self.run.path.glob("clients/*/adapter"))}
+        if (prefix := e.trainer.prefix) is not None and prefix.shortfall:
+            self.observer.warning(prefix.shortfall)
         self._manifest(adapter=digest_files(self.run.adapter), **({"clients": clients} if clients else {}))
         self._save(self.rounds, state, done=True)
         return Result(self.run.path, self.run.rounds())
@@ -364,6 +366,7 @@ class _Run:
                 },
                 "lora_parameters": e.parameters[1],
                 "head_parameters": e.head_parameters,
+                **({} if e.trainer.prefix is None else {"frozen_prefix": asdict(e.trainer.prefix)}),
                 "versions": versions(*(["bitsandbytes"] if quantised.quantised(e.base.model) else [])),
                 "accepted_changes": self._accepted,
                 "hashes": {"config": digest_file(self.run.config_file), **e.hashes, "adapter": None, **adapters},

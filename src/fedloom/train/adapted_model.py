@@ -10,9 +10,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,9 @@ from fedloom.core import Factors
 from fedloom.data.batches import ClientRows, Encoded, Kind, Targets, collate
 from fedloom.errors import ModelError
 from fedloom.state import Group
+from fedloom.train import frozen_prefix
 from fedloom.train.attention import AttentionName, choose
+from fedloom.train.frozen_prefix import FrozenPrefix, Told
 from fedloom.train.kernels.lora_linear import FusedLayers
 from fedloom.train.kernels.packed_inputs import Packer
 from fedloom.train.lora_linear import Adapter, Dropout, HookedLayers, Layers, Offset, find_heads, find_layers, full
@@ -44,6 +47,7 @@ class AdaptedModel:
         dtype: torch.dtype,
         attention: AttentionName | Literal["auto"] = "auto",
         kernels: KernelChoice = "auto",
+        prefix_bytes: int = frozen_prefix.DEFAULT_BYTES,
     ) -> None:
         layers = find_layers(model, sites)
         self._head_layers = find_heads(model, heads)
@@ -64,6 +68,12 @@ class AdaptedModel:
         self._hooks: list[RemovableHandle] = []
         self._checkpointed: list[nn.Module] = []
         self._cast_to: torch.dtype | None = None
+        self._prefix = (
+            FrozenPrefix.of(model, list(layers), prefix_bytes, self._attending)
+            if kernels == "auto" and self.devices == 1
+            else None
+        )
+        self._skips = False  # whether batches begin where the prefix ends
         self._accepted = inspect.signature(model.forward).parameters
 
     def close(self) -> None:
@@ -84,7 +94,7 @@ class AdaptedModel:
             del self._checkpointed.pop().forward
         if self.model.training:
             self.model.eval()
-        self._head, self._read = {}, None
+        self._head, self._read, self._skips = {}, None, False
 
     def ready(
         self,
@@ -94,16 +104,20 @@ class AdaptedModel:
         *,
         kernels: bool = True,
         pack: bool = True,
+        prefix: bool = True,
     ) -> torch.dtype:
         """Cast the model, choose its attention for rows as long as those of `data` and add an offset to its weights.
 
         `offset` has the roles of `Work.base`. `kernels` allows the fast layers and `pack`, with them, batches without padding,
-        where the architecture has them. Returns the dtype to compute in: float64 for states of float64.
+        where the architecture has them; `prefix`, that the frozen blocks below all sites are computed once for each row.
+        Returns the dtype to compute in: float64 for states of float64.
         """
         self.rest()
         compute = torch.float64 if state_dtype == torch.float64 else self._dtype
         if compute != self._cast_to:
             self._cast_to = compute
+            if self._prefix is not None:
+                self._prefix.forget()
             for parameter in self.model.parameters():
                 # Parameters only: buffers such as rotary frequencies keep the precision that the model gave them.
                 if parameter.is_floating_point():
@@ -111,13 +125,15 @@ class AdaptedModel:
         kind = data[0].kind
         self._layers = self._fused if kernels and self._fused is not None else self._hooked
         self._packer = self._packer_for(kind) if pack else None
+        tokens, rows = sum(len(d.tokens) for d in data), sum(len(d) for d in data)
         self._use_attention(
-            self._packer.attention if self._packer is not None else self._padded_attention(compute, data)
+            self._padded_attention(tokens // max(1, rows)) if self._packer is None else self._packer.attention
         )
         self._hooks = [x.register_forward_hook(partial(self._own_head, n)) for n, x in self._head_layers.items()]
         if kind == "causal-lm":
             self._hooks.append(self._vocabulary().register_forward_pre_hook(self._predicting_only))
         self._layers.attach(self._offsets(offset, compute))
+        self._skips = prefix and self._prefix is not None and self._prefix.usable(data)
         if self._packer is not None:
             self._packer.attach()
         return compute
@@ -131,6 +147,16 @@ class AdaptedModel:
         adapters = {site: Adapter(A, factors.B[site], scale, gates.get(site)) for site, A in factors.A.items()}
         self._layers.put(adapters, dropout)
         self._head = head
+
+    def foresee(self, parts: Sequence[ClientRows]) -> None:
+        """Compute what batches of these rows will need of the frozen blocks below all sites, many rows at a time."""
+        if self._prefix is not None and self._skips:
+            self._prefix.foresee(parts)
+
+    @property
+    def prefix(self) -> Told | None:
+        """What became of the frozen blocks below all sites; None if there are none, or they are not told apart."""
+        return None if self._prefix is None else self._prefix.told
 
     def blocks(self) -> list[GradientCheckpointingLayer]:
         """The blocks whose activations can be recomputed. Raises ModelError if there are none."""
@@ -150,7 +176,10 @@ class AdaptedModel:
             )
         if base_dropout:
             self.model.train()
+        frozen = () if self._prefix is None else self._prefix.blocks
         for block in self.blocks() if checkpointing else ():
+            if any(block is x for x in frozen):
+                continue  # no gradient goes there
             # transformers recomputes a block in training mode alone, in which some switch on their own dropout (OPT).
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             self._checkpointed.append(block)
@@ -158,7 +187,7 @@ class AdaptedModel:
     def logits(self, parts: Sequence[ClientRows], targets: Targets) -> Tensor:
         """The logits (M, classes) or (M, vocabulary) that predict the targets. What the model reads is moved to its device."""
         kind = parts[0][0].kind
-        arguments: dict[str, object]
+        arguments: dict[str, Any]
         if self._packer is None:
             batch = collate(parts)
             arguments = {
@@ -173,10 +202,20 @@ class AdaptedModel:
         if "use_cache" in self._accepted:
             arguments["use_cache"] = False
         self._read = read.to(self.device) if kind == "causal-lm" else None
-        made: Tensor = self.model(**arguments).logits.flatten(0, -2)
+        made = self._called(parts, arguments).flatten(0, -2)
         if kind == "causal-lm" or len(made) == len(targets.row):
             return made
         return made.index_select(0, targets.row.to(made.device))  # without rows that fill up a client's batch
+
+    def _called(self, parts: Sequence[ClientRows], arguments: Mapping[str, Any]) -> Tensor:
+        """The model's logits, from the frozen prefix's states on where there are any."""
+        if self._prefix is None or not self._skips:
+            logits: Tensor = self.model(**arguments).logits
+            return logits
+        states = self._prefix.states(parts, arguments["input_ids"].shape, self._packer is not None)
+        with self._prefix.entered(states):
+            logits = self.model(**arguments).logits
+        return logits
 
     def _own_head(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
         """A layer of the task head, each client's own in place of the model's."""
@@ -207,14 +246,24 @@ class AdaptedModel:
             self._packers[kind] = Packer.of(self.model, kind, self._fused)
         return self._packers[kind]
 
-    def _padded_attention(self, compute: torch.dtype, data: Sequence[Encoded]) -> str:
+    def _padded_attention(self, length: int) -> str:
         if self._attention != "auto":
             return self._attention
         if not getattr(self.model, "_supports_sdpa", True):
             return "eager"
-        tokens, rows = sum(len(d.tokens) for d in data), sum(len(d) for d in data)
+        compute = self._cast_to or self._dtype
         # transformers' plain attention makes NaN of a fully padded query in float64.
-        return "sdpa" if compute == torch.float64 else choose(self.device, compute, tokens // max(1, rows))
+        return "sdpa" if compute == torch.float64 else choose(self.device, compute, length)
+
+    @contextmanager
+    def _attending(self, length: int) -> Iterator[None]:
+        """With the attention for padded rows of a length."""
+        before = self._attention_now()
+        self._use_attention(self._padded_attention(length))
+        try:
+            yield
+        finally:
+            self._use_attention(before)
 
     def _use_attention(self, name: str | None) -> None:
         # Plain modules have no attention of transformers' to choose.

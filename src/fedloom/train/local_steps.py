@@ -51,10 +51,7 @@ def run(model: AdaptedModel, members: Sequence[Member], settings: Settings, t: i
     `t` and `part`, the round and the number of the work in its visit, key what is drawn.
     """
     dtype = state_dtype([m.work for m in members])
-    # The kernels have no gate, and dropout is drawn for rows as they are padded.
-    kernels = not members[0].gate and not settings.dropout and not settings.base_dropout
-    compute = model.ready(dtype, members[0].work.base, [m.data for m in members], kernels=kernels, pack=kernels)
-    model.train(settings.base_dropout, settings.checkpointing)
+    compute = _made_ready(model, members, settings, dtype)
     layout, flat = flatten([m.work.train for m in members], dtype, model.device)
     fixed = [moved(m.work.fixed, dtype, model.device) for m in members]
     factors = AdapterStack([m.work.adapter for m in members], layout, fixed)
@@ -101,6 +98,17 @@ def run(model: AdaptedModel, members: Sequence[Member], settings: Settings, t: i
     ]
     told = record.trained(own_copies)
     return told if private is None else [untold(done) for done in told]
+
+
+def _made_ready(model: AdaptedModel, members: Sequence[Member], settings: Settings, dtype: torch.dtype) -> torch.dtype:
+    """Make the model ready for the members' batches. Returns the dtype to compute in."""
+    # The kernels have no gate, and dropout is drawn for rows as they are padded.
+    kernels = not members[0].gate and not settings.dropout and not settings.base_dropout
+    offset, data = members[0].work.base, [m.data for m in members]
+    compute = model.ready(dtype, offset, data, kernels=kernels, pack=kernels, prefix=not settings.base_dropout)
+    model.foresee([(m.data, np.concatenate(m.plan)) for m in members if m.plan])
+    model.train(settings.base_dropout, settings.checkpointing)
+    return compute
 
 
 def _penalties(active: Sequence[Member], layout: Layout, leaf: Tensor, fixed: Sequence[State]) -> list[Tensor]:

@@ -20,6 +20,7 @@ from fedloom.train import local_steps, private_steps
 from fedloom.train.adapted_model import AdaptedModel, KernelChoice
 from fedloom.train.attention import AttentionName
 from fedloom.train.flat_parameters import AdapterStack, flatten
+from fedloom.train.frozen_prefix import DEFAULT_BYTES, Told
 from fedloom.train.loss import cross_entropy, summed_losses
 from fedloom.train.optim import Settings
 
@@ -68,17 +69,24 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         attention: AttentionName | Literal["auto"] = "auto",
         kernels: KernelChoice = "auto",
+        prefix_bytes: int = DEFAULT_BYTES,
     ) -> None:
         """`sites` are the layers that get an adapter, `heads` those trained whole, both names of modules.
 
         `dtype` is that of the frozen base. What is trained is float32 always, or float64 where a state is, and then
         everything computes in float64. `kernels` chooses hand-written kernels where they compute the same as the readable
-        path, or never. Raises ModelError for a name that is no linear layer, or a model that cannot recompute activations.
+        path, or never. What frozen blocks below all sites make of the rows takes `prefix_bytes` at most. Raises ModelError
+        for a name that is no linear layer, or a model that cannot recompute activations.
         """
         self.settings = settings if settings is not None else Settings()
-        self._model = AdaptedModel(model, sites, heads, torch.device(device), dtype, attention, kernels)
+        self._model = AdaptedModel(model, sites, heads, torch.device(device), dtype, attention, kernels, prefix_bytes)
         if self.settings.checkpointing:
             self._model.blocks()
+
+    @property
+    def prefix(self) -> Told | None:
+        """The frozen blocks below all sites, and what was kept of them; None if there are none, or with kernels off."""
+        return self._model.prefix
 
     def close(self) -> None:
         """Give the model back with its own layers in place."""
@@ -137,6 +145,7 @@ class Trainer:
         found: list[Tensor] = []
         # No inference mode: a cast made in it could not be trained on. Nothing waits for the device but its end.
         with torch.no_grad(), Loaded(self._model, work, data, pack=True):
+            self._model.foresee([(data, rows)])
             for first in range(0, len(rows), size):
                 parts = [(data, rows[first : first + size])]
                 wanted = targets(parts)
@@ -160,6 +169,7 @@ class Trainer:
         rows = np.argsort(data.lengths, kind="stable")
         found = np.zeros(len(data))
         with torch.no_grad(), Loaded(self._model, work, data, pack=True):
+            self._model.foresee([(data, rows)])
             for first in range(0, len(rows), size):
                 chosen = rows[first : first + size]
                 wanted = targets([(data, chosen)])
@@ -204,7 +214,9 @@ class Loaded:
         model, work = self._model, self._work
         dtype = local_steps.state_dtype([work])
         kernels = not local_steps.gate_shape(work)
-        compute = model.ready(dtype, work.base, [self._data], kernels=kernels, pack=self._pack and kernels)
+        compute = model.ready(
+            dtype, work.base, [self._data], kernels=kernels, pack=self._pack and kernels, prefix=self._pack
+        )
         layout, flat = flatten([work.train], dtype, model.device)
         fixed = [local_steps.moved(work.fixed, dtype, model.device)]
         factors, views = AdapterStack([work.adapter], layout, fixed)(flat, compute)
