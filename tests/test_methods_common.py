@@ -12,7 +12,7 @@ import torch
 import fedloom
 from fedloom import checkpoint
 from fedloom.checkpoint import ClientStates
-from fedloom.core import State, Work
+from fedloom.core import Client, State, Work
 from fedloom.loop import federate
 from fedloom.runs.experiment import Experiment, experiment
 from fedloom.simulation import Simulation
@@ -153,6 +153,20 @@ def test_a_round_changes_what_the_model_says(case: Case, settings: Settings, que
     silent = Work(train={"A": adapter.A, "B": no_adapter, "head": head})
     without = e.trainer.evaluate(silent, e.rows.eval).logits
     assert plain is not None and without is not None and not torch.allclose(plain, without, atol=1e-6)
+    found: list[Work] = []
+    engine = Simulation(
+        e.trainer, e.sites, e.rows_of, fresh=e.head, score=lambda works: [found.append(works[0][1]) or {}]
+    )
+    engine.cohort = 1
+    served = e.method.serve(state, Client("server", 0, e.method.rank))
+    engine.scores(e.method, [(client, served) for client in e.clients], 2, common=True)
+    assert len(found) == len(e.clients)
+    for same in found:  # whatever the budgets of whose rows it is scored on
+        again = same.adapter(same.train, same.fixed)
+        assert same.scale == work.scale
+        assert same.base.keys() == work.base.keys()
+        # A product: FLoRA draws another A for everybody, beside B = 0.
+        assert all(torch.equal(again.B[x] @ again.A[x], adapter.B[x] @ adapter.A[x]) for x in e.sites)
 
 
 def test_cohort_size_in_float32_is_within_its_stated_tolerance(settings: Settings, questions: Path) -> None:

@@ -357,7 +357,8 @@ def test_the_personal_phase_trains_in_cohorts_and_keeps() -> None:
 def test_scores_and_exports_are_of_the_model_that_a_client_uses() -> None:
     written: list[tuple[str, float]] = []
     at = engine(
-        score=lambda work: {"scale": work.scale}, write=lambda client, work: written.append((client, work.scale))
+        score=lambda works: [{"scale": work.scale} for _, work in works],
+        write=lambda client, work: written.append((client, work.scale)),
     )
     method = Personal(rank=2, visit=plain)
     state = method.init(SITES, generator(0))

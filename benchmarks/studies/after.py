@@ -15,7 +15,7 @@ from statistics import mean
 
 import numpy as np
 
-from fedloom.runs import evaluate, export, sensitivity
+from fedloom.runs import export, sensitivity
 from fedloom.runs.experiment import experiment
 from fedloom.runs.run_directory import RunDirectory
 from fedloom.studies import results
@@ -43,7 +43,7 @@ def keep(root: Path) -> dict[str, Table]:
     for label, draw, path in cells(root / "keep"):
         run = RunDirectory.open(path)
         e = experiment(run.config())
-        train[label][draw] = evaluate.score(e, export.read(run.adapter), e.rows.train)["loss"]
+        train[label][draw] = e.trainer.evaluate(export.read(run.adapter), e.rows.train).loss
         held_out[label][draw] = run.rounds()[-1]["eval"]["loss"]
         e.trainer.close()
     gap: Table = {label: {d: held_out[label][d] - x for d, x in rows.items()} for label, rows in train.items()}
@@ -65,7 +65,7 @@ def turns(root: Path) -> dict[str, Table]:
         for client in e.clients:
             rows = e.rows.eval.select(np.flatnonzero(domains == client.id))
             adapters = (run.path / "clients" / client.id / "adapter", run.adapter)
-            losses = [evaluate.score(e, export.read(adapter), rows)["loss"] for adapter in adapters]
+            losses = [e.trainer.evaluate(export.read(adapter), rows).loss for adapter in adapters]
             totals += len(rows) * np.array([*losses, 1.0])
         own[label][draw], common[label][draw] = (totals[:2] / totals[2]).tolist()
         e.trainer.close()

@@ -75,8 +75,11 @@ class Engine(Protocol):
         """The phase after the last round, of a method that has one; answers hold no tensors."""
         ...
 
-    def scores(self, method: Method, jobs: Iterable[Job], t: int) -> dict[str, dict[str, float]]:
-        """Client id -> scores of its own model after round t, of those that can be asked."""
+    def scores(self, method: Method, jobs: Iterable[Job], t: int, common: bool = False) -> dict[str, dict[str, float]]:
+        """Client id -> scores of its own model after round t, of those that can be asked.
+
+        With `common`, of the model that the server would use of what they are sent, whatever their budgets.
+        """
         ...
 
     def export(self, method: Method, jobs: Iterable[Job], t: int) -> None:

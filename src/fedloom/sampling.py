@@ -23,6 +23,14 @@ def count(share: float, clients: int) -> int:
     return max(1, round(share * clients))
 
 
+def panel(clients: list[Client], most: int, seed: int) -> list[Client]:
+    """The clients whose own models are scored, in their order: drawn once for a run, so that a curve has one population."""
+    if len(clients) <= most:
+        return clients
+    order = torch.randperm(len(clients), generator=generator(seed, "panel"))
+    return [clients[i] for i in order[:most].sort().values.tolist()]
+
+
 def fraction(share: float, seed: int) -> Sampler:
     """A sampler that takes a share of the clients, at least one, uniformly: keyed by (seed, t), with no state."""
 

@@ -126,8 +126,9 @@ class Simulation(Generic[Rows]):
 
     `data` gives a client's rows; `fresh` is what a client that never took part keeps (the common head); `proxy` is the server
     as a client with rows of its own; `secret` keys the clients' secret generators, None draws them from the operating system;
-    `score` and `write` evaluate and export the model of a work. `drive` has cohorts trained and `each` maps over clients' own
-    models: by default one after the other, on `trainer`. What is put into `notes` goes into the record.
+    `score` evaluates models of clients, (client id, work), and `write` exports one. `drive` has cohorts trained and `each` maps
+    over groups of clients that are scored: by default one after the other, on `trainer`. What is put into `notes` goes into
+    the record.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class Simulation(Generic[Rows]):
         cohort: int = 16,
         proxy: Client | None = None,
         secret: int | None = None,
-        score: Callable[[Work], dict[str, float]] = lambda work: {},
+        score: Callable[[Sequence[tuple[str, Work]]], list[dict[str, float]]] = lambda works: [{} for _ in works],
         write: Callable[[str, Work], None] = lambda client, work: None,
         progress: Callable[[int], None] = lambda count: None,
         drive: Drive | None = None,
@@ -186,11 +187,17 @@ class Simulation(Generic[Rows]):
         yield from visits.run(jobs)
         visits.close(())
 
-    def scores(self, method: Method, jobs: Iterable[Job], t: int) -> dict[str, dict[str, float]]:
-        def scored(job: Job) -> tuple[str, dict[str, float]]:
-            return job[0].id, self.score(self.model(method, job, t))
+    def scores(self, method: Method, jobs: Iterable[Job], t: int, common: bool = False) -> dict[str, dict[str, float]]:
+        def asking(client: Client) -> Client:
+            return Client(client.id, client.examples, method.rank) if common else client
 
-        return dict(self.each(scored, jobs))
+        def scored(some: Sequence[Job]) -> list[tuple[str, dict[str, float]]]:
+            works = [(client.id, self.model(method, (asking(client), sent), t)) for client, sent in some]
+            return [(client, found) for (client, _), found in zip(works, self.score(works), strict=True)]
+
+        stream = iter(jobs)
+        cohorts = iter(lambda: list(islice(stream, self.cohort)), [])
+        return dict(one for cohort in self.each(scored, cohorts) for one in cohort)
 
     def export(self, method: Method, jobs: Iterable[Job], t: int) -> None:
         keeping = set(self.client_states.clients())

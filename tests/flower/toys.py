@@ -35,7 +35,9 @@ class ToyNode:
                 ToyTrainer(),
                 cohort=1,
                 secret=secret,
-                score=lambda work: {"loss": float(sum(x.norm() for x in update(work).values()))},
+                score=lambda works: [
+                    {"loss": float(sum(x.norm() for x in update(work).values()))} for _, work in works
+                ],
                 write=lambda client, work: self.written.append(client),
             ),
             folder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,28 @@ def test_logits_are_those_of_the_merged_model_in_row_order(name: str, build: Any
         loss = (wanted[:, 0] - targets).square().mean()
     assert result.loss == pytest.approx(float(loss), abs=1e-10)
     assert result.count == 21
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2-classifier", "xlm-roberta", "llama", "gpt2"])
+def test_together_is_as_one_by_one(name: str, build: Any, rows: Any, works: Any) -> None:
+    """Unequal ranks and numbers of rows; works that do not fit into a batch, or train something else, go alone."""
+    family = build(name)
+    given = [work for _, work in works(family, ranks=(2, 8, 4, 8, 2))]
+    given[3] = replace(
+        given[3], train={"B": given[3].train["B"]}, fixed={k: x for k, x in given[3].train.items() if k != "B"}
+    )
+    data = [rows(n, family.kind, seed) for seed, n in enumerate((3, 1, 5, 2, 21))]
+    with Trainer(family.model, family.sites, family.heads) as trainer:
+        seen: list[int] = []
+        whole, trainer._evaluate = trainer._evaluate, lambda w, d, size: (seen.append(len(w)), whole(w, d, size))[1]  # type: ignore[method-assign]
+        together = trainer.evaluate_together(given, data, batch_size=9)
+        assert seen == [3, 1, 1]
+        for work, mine, found in zip(given, data, together, strict=True):
+            alone = trainer.evaluate(work, mine)
+            assert (found.loss, found.count) == (pytest.approx(alone.loss, abs=1e-10), alone.count)
+            if alone.logits is not None:
+                torch.testing.assert_close(found.logits, alone.logits, rtol=0, atol=1e-10)
+                torch.testing.assert_close(found.predictions, alone.predictions)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -55,12 +55,21 @@ def finished(result: Result, file: Path | str) -> None:
     web.if_asked(result.path)
     again = f"fedloom run {file}".rstrip()
     scores = ", ".join(f"{name} {value:.4f}" for name, value in result.eval.items() if value is not None)
-    say(f"\nheld-out {scores}" if scores else "")
+    say(f"\nheld-out {scores}{_over(result)}" if scores else "")
     say(f"adapter: {result.adapter_dir}")
     say(f"next:    fedloom evaluate {result.path}")
     say(f"         fedloom export {result.path} my-adapter [--merge]")
     if (other := _another(RunDirectory.open(result.path).config())) is not None:
         say(f"         {again} --set method.name={other}   (fedloom methods lists the others)")
+
+
+def _over(result: Result) -> str:
+    """Whose scores the last ones are the mean of, where they are of clients."""
+    over = next((r.get("eval_over") for r in reversed(result.rounds) if "eval" in r), None)
+    if not over:
+        return ""
+    rows = "each on rows of its own" if over["rows"] == "own" else "all on the same rows"
+    return f" (mean over {over['clients']} of {over['of']} clients, {rows})"
 
 
 def _another(config: RunConfig) -> str | None:

@@ -73,9 +73,11 @@ class Terminal(Observer):
         c, method, parts = experiment.config, experiment.method, experiment
         trained = parts.parameters[0]
         head = parts.head_parameters
+        own = sum(map(len, parts.held_out.values()))
+        held_out = f"{own} held out by the clients" if own else f"{len(parts.rows.eval)} held out"
         self.console.print(
             f"{title(method)} on {c.task.data}: {len(parts.clients)} clients, "
-            f"{len(parts.rows.train)} training rows, {len(parts.rows.eval)} held out",
+            f"{len(parts.rows.train) - own} training rows, {held_out}",
             soft_wrap=self.live is None,  # a line of a log is one line
         )
         kind = str(parts.dtype).removeprefix("torch.")

@@ -87,6 +87,26 @@ def partition(
     return result
 
 
+def hold_out(partition: Partition, share: float, seed: int) -> tuple[Partition, Partition]:
+    """(rows to train on, rows to be scored on) of every client: a share of its rows held out, one at least.
+
+    Drawn by seed and client, so that a client alone on its machine holds out the same numbers as in a simulation of all.
+    Raises DataError for a client with a single row.
+    """
+    kept, held = {}, {}
+    for client, rows in partition.items():
+        if len(rows) < 2:
+            raise DataError(
+                f"client {client!r} has one row, expected two or more: clients.holdout = {share:g} holds one out and trains on "
+                "the rest; use fewer clients, more data, or clients.holdout = 0"
+            )
+        count = min(max(1, round(share * len(rows))), len(rows) - 1)
+        order = np.random.default_rng(seed_of(seed, client, "own hold-out")).permutation(len(rows))
+        mine = np.asarray(rows)
+        kept[client], held[client] = (np.sort(mine[some]).tolist() for some in (order[count:], order[:count]))
+    return kept, held
+
+
 def save(partition: Partition, path: Path) -> None:
     """Write a partition as JSON, whole or not at all."""
     write(path, _json(partition).encode())

@@ -242,9 +242,9 @@ class Coordinator:
             yield from (result for result, _ in answers.results(one, None))
         self.train_s += seconds
 
-    def scores(self, method: Method, jobs: Iterable[Job], t: int) -> dict[str, dict[str, float]]:
+    def scores(self, method: Method, jobs: Iterable[Job], t: int, common: bool = False) -> dict[str, dict[str, float]]:
         found: dict[str, dict[str, float]] = {}
-        for one in self.ask("evaluate", list(jobs), t):
+        for one in self.ask("evaluate common" if common else "evaluate", list(jobs), t):
             try:
                 if isinstance(one, Failure):
                     self.note(f"{one.client.id} was not evaluated: {one.reason}")

@@ -172,10 +172,10 @@ class Worker:
                 if run.sums is not None:  # a client's own numbers stay with it
                     trained = [replace(one, metrics={}) if isinstance(one, Answer) else one for one in trained]
                 return {"results": [_said(one) for one in trained], "seconds": time.perf_counter() - start}, []
-            case "evaluate" if run.sums is not None:
+            case "evaluate" | "evaluate common" if run.sums is not None:
                 raise Refused("one client's scores are not told under privacy.secure_aggregation")
-            case "evaluate":
-                scores = run.before(t + 1).scores(run.method, jobs, t)
+            case "evaluate" | "evaluate common":
+                scores = run.before(t + 1).scores(run.method, jobs, t, do == "evaluate common")
                 return {"scores": {key: _finite(values) for key, values in scores.items()}}, []
             case "export":
                 run.before(t + 1).export(run.method, jobs, t)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,10 +19,9 @@ class RemoteTrainer:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
-    def evaluate(self, work: Work, data: Encoded) -> Evaluation:
-        """Loss and predictions, row by row."""
-        found = self._pool.call("evaluate", work, data)[1]
-        assert isinstance(found, Evaluation)
+    def evaluate_together(self, works: Sequence[Work], data: Sequence[Encoded]) -> list[Evaluation]:
+        """Loss and predictions of each work on its rows, row by row."""
+        found: list[Evaluation] = self._pool.call("evaluate_together", works, data)[1]
         return found
 
     def log_likelihoods(self, work: Work, data: Encoded) -> NDArray[np.float64]:

@@ -62,9 +62,9 @@ class Worker:
         """Train clients together."""
         return fit(self._trainer, asked)
 
-    def evaluate(self, work: Work, rows: Encoded) -> Evaluation:
-        """Loss and predictions."""
-        return self._trainer.evaluate(work, rows)
+    def evaluate_together(self, works: Sequence[Work], rows: Sequence[Encoded]) -> list[Evaluation]:
+        """Loss and predictions of each work on its rows."""
+        return self._trainer.evaluate_together(works, rows)
 
     def log_likelihoods(self, work: Work, rows: Encoded) -> NDArray[np.float64]:
         """Log-likelihoods of the answers."""

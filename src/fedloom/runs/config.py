@@ -143,6 +143,10 @@ class ClientsSection(Section):
     """Of a pathological partition."""
     split_seed: int | None = Field(None, ge=0)
     """Of hold-out, limits and partition; by default the run's seed, which start, sampling and batches follow."""
+    holdout: float = Field(0.0, ge=0, lt=1)
+    """Share of each client's rows that it does not train on, and is scored on alone; 0: all are scored on the same rows."""
+    scored: int = Field(100, ge=1)
+    """Clients that are scored where each has a model or rows of its own: the same ones in every round."""
     ranks: int | list[int] | None = None
     """Cycled over the clients; by default lora.rank."""
     keep: Share | list[Share] | str = 1.0

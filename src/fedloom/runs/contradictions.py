@@ -91,6 +91,17 @@ def _clients(c: RunConfig) -> Iterator[str]:
         if clients.partition not in partitions:
             why = f"clients.partition is {clients.partition!r}, not {' or '.join(map(repr, partitions))}"
             yield from _unused("clients", clients, why, key)
+    if clients.holdout and c.privacy is not None:
+        if c.privacy.secure_aggregation:
+            yield (
+                f"clients.holdout is {clients.holdout:g}, but no client's own scores are told under secure_aggregation: remove "
+                "one of them"
+            )
+        if c.privacy.canaries:
+            yield (
+                f"clients.holdout is {clients.holdout:g}, but canaries are planted among all rows: set privacy.canaries = 0, "
+                "or remove it"
+            )
 
 
 def _train(c: RunConfig) -> Iterator[str]:

@@ -86,7 +86,7 @@ def engine(
         cohort=cohort if reached.transport is None else 1,
         proxy=e.server,
         secret=e.config.seed,
-        score=lambda work: evaluate.score(e, work),
+        score=lambda works: evaluate.scores(e, works),
         write=lambda client, work: export.write(e, work, run.path / "clients" / client / "adapter"),
         progress=progress,
         **away,

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +18,9 @@ from torch import Tensor
 from fedloom import sampling
 from fedloom.client import Client
 from fedloom.core import Method, Visit, Work
-from fedloom.data import choices, load, partition
-from fedloom.data.chat import encode_chats
+from fedloom.data import load, partition
 from fedloom.data.metrics import NEEDS_TEXT
-from fedloom.data.tokenize import Encoded, encode_causal, encode_labelled
+from fedloom.data.tokenize import Encoded
 from fedloom.errors import ConfigError, ModelError
 from fedloom.flows import rehearse
 from fedloom.models import huggingface, identity, quantised
@@ -31,65 +30,14 @@ from fedloom.models.usable import row_length
 from fedloom.rng import generator
 from fedloom.runs import memory, private
 from fedloom.runs.adapted import adapted
-from fedloom.runs.canaries import Canaries
 from fedloom.runs.config import RunConfig
 from fedloom.runs.given import GIVEN, Given
 from fedloom.runs.plan import Plan, plan
 from fedloom.runs.tables import Tables, tables
+from fedloom.runs.token_rows import Rows
 from fedloom.state import Sites, State
 from fedloom.train.optim import Settings
 from fedloom.train.trainer import Scorer, Trainer
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Token rows of a run, made when they are first asked for: a node has no use for all of them."""
-
-    config: RunConfig
-    tables: Tables
-    tokenizer: Any
-    max_length: int
-    """Tokens of a row, prompt and answer."""
-    canaries: Canaries | None = None
-
-    def _encode(self, rows: Dataset) -> Encoded:
-        task, most = self.config.task, self.max_length
-        if self.tables.chats:
-            return encode_chats(rows, self.tokenizer, self.tables.text[0], most)
-        if task.kind == "causal-lm":
-            return encode_causal(rows, self.tokenizer, task.prompt, task.response, task.template, most)
-        labels = self.tables.labels or None
-        return encode_labelled(rows, self.tokenizer, self.tables.text, task.label, labels, most, task.kind)
-
-    @cached_property
-    def train(self) -> Encoded:
-        rows = self._encode(self.tables.train)
-        return rows if self.canaries is None else self.canaries.labelled(rows)
-
-    @cached_property
-    def eval(self) -> Encoded:
-        return self._encode(self.tables.eval)
-
-    @cached_property
-    def choices(self) -> Encoded:
-        """A row for each answer that a held-out row chooses from, without end token."""
-        task, found = self.config.task, self.tables.choices
-        assert found is not None, "task.choices was checked"
-        rows = choices.expanded(self.tables.eval, task.response, found)
-        return encode_causal(
-            rows, self.tokenizer, task.prompt, task.response, task.template, self.max_length, end=False
-        )
-
-    @cached_property
-    def proxy(self) -> Encoded | None:
-        return None if self.tables.proxy is None else self._encode(self.tables.proxy)
-
-    def encode(self) -> None:
-        """Make all of them now. Raises DataError for a row that cannot be tokenised, or whose label is unknown."""
-        _ = self.train, self.eval, self.proxy
 
 
 @dataclass(frozen=True)
@@ -109,7 +57,7 @@ class Experiment:
     plan: Plan
     tables: Tables
     partition: Mapping[str, list[int]]
-    """Client id -> rows of the training table."""
+    """Client id -> rows of the training table that it trains on."""
     clients: list[Client]
     base: huggingface.Base
     targets: list[str]
@@ -128,6 +76,8 @@ class Experiment:
     given: Given = field(default_factory=Given)
     """What the caller handed over in Python."""
     elsewhere: Elsewhere | None = None
+    held_out: Mapping[str, list[int]] = field(default_factory=dict)
+    """Client id -> rows of the training table that it is scored on; empty where all are scored on the same rows."""
 
     @property
     def config(self) -> RunConfig:
@@ -252,6 +202,9 @@ def experiment(
     given = given or Given()
     table = table or tables(c, given)
     parts = _partition(c, table) if only_client is None else {only_client: list(range(len(table.train)))}
+    held_out: partition.Partition = {}
+    if c.clients.holdout:
+        parts, held_out = partition.hold_out(parts, c.clients.holdout, c.split_seed)
     on_status("loading the model")
     labels = max(1, len(table.labels))
     base = base or _given_base(c, given, labels) or base_of(c, labels, device, dtype, on_status)
@@ -280,6 +233,7 @@ def experiment(
         trainer=trainer_of(c, base, sites, device, dtype),
         rows=Rows(c, table, base.tokenizer, _row_length(c, table, base)),
         given=given,
+        held_out=held_out,
     )
 
 

@@ -34,13 +34,17 @@ def adapter_of(run: RunDirectory, client: str | None) -> Path:
 
 
 def evaluate_saved(path: Path, client: str | None = None, device: str | None = None) -> dict[str, float]:
-    """Metric -> value of a saved adapter on the run's held-out rows; on another `device` than the run's, as model.device."""
+    """Metric -> value of a saved adapter on the run's held-out rows, of a client's on those that it is scored on in the run.
+
+    On another `device` than the run's, as model.device.
+    """
     run = RunDirectory.open(path)
     adapter = adapter_of(run, client)
     config = run.config()
     if device is not None:
         config = parse(config.model_dump() | {"model": config.model.model_dump() | {"device": device}}, "--device")
-    return evaluate.score(experiment(config), export.read(adapter))
+    e = experiment(config)
+    return evaluate.score(e, export.read(adapter), evaluate.common(e) if client is None else evaluate.own(e, client))
 
 
 def export_saved(

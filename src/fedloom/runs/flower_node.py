@@ -44,6 +44,7 @@ def agreement(config: RunConfig) -> dict[str, Any]:
     """What server and nodes must have in common, as nested plain values."""
     values = config.model_dump(mode="json")
     shared = {name: values[name] for name in ("seed", "model", "task", "lora", "method", "train", "privacy")}
+    shared["clients"] = {"holdout": config.clients.holdout}
     for section, keys in LOCAL.items():
         shared[section] = {key: x for key, x in shared[section].items() if key not in keys}
     if shared["privacy"] is not None:  # whatever the file is called here, it says the same everywhere
@@ -139,7 +140,7 @@ class FlowerNode:
             e.rows_of,
             fresh=e.head,
             cohort=1,
-            score=lambda work: evaluate.score(e, work),
+            score=lambda works: evaluate.scores(e, works),
             write=lambda client, work: export.write(e, work, agreed.folder / "clients" / client / "adapter"),
         )
         sums = secure_sums.at_node(e.config, agreed.run, agreed.folder, agreed.identity)

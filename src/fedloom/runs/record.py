@@ -23,6 +23,8 @@ class Scores:
     """`server`: the common model's; `clients`: the mean over the clients' own models."""
     clients: dict[str, dict[str, float]] = field(default_factory=dict)
     """Client id -> its own, where they are told one by one."""
+    over: Mapping[str, Any] = field(default_factory=dict)
+    """Which clients and rows `values` are the mean over, and how far the clients are apart."""
     seconds: float = 0.0
 
 
@@ -49,6 +51,8 @@ def line(
     }
     if scores is not None:
         made |= {"eval": scores.values, "eval_of": scores.of}
+        if scores.over:
+            made["eval_over"] = dict(scores.over)
         if scores.clients:
             made["eval_clients"] = scores.clients
     made |= {

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedloom import checkpoint
+from fedloom import checkpoint, sampling
 from fedloom.checkpoint import ClientStates
-from fedloom.client import Failure
+from fedloom.client import Client, Failure
 from fedloom.data import partition
 from fedloom.engine import Job, Total
 from fedloom.errors import RunError
@@ -266,7 +266,7 @@ class _Run:
         self.observer.doing("writing the adapter")
         export.write(e, e.global_model(state), self.run.adapter)
         if e.method.personal_models or e.method.personal_phase:
-            self.engine.export(e.method, self._served(state), self.rounds + 1)
+            self.engine.export(e.method, self._served(state, e.clients), self.rounds + 1)
         clients = {path.parent.name: digest_files(path) for path in sorted(self.run.path.glob("clients/*/adapter"))}
         if (prefix := e.trainer.prefix) is not None and prefix.shortfall:
             self.observer.warning(prefix.shortfall)
@@ -311,30 +311,38 @@ class _Run:
         self.observer.round(record)
 
     def _scores(self, state: State, t: int) -> Scores:
-        """Of the server's model, or the mean over the clients' own models where there is no common one."""
+        """Of the server's model, or the mean over clients where each has a model or rows of its own."""
         self.observer.doing("evaluating")
-        if self.e.method.personal_models:
-            return self._client_scores(state, t, one_by_one=t == self.rounds)
+        own = self.e.method.personal_models
+        if own or self.e.config.clients.holdout:
+            return self._client_scores(state, t, own, one_by_one=t == self.rounds)
         start = time.perf_counter()
         values = evaluate.score(self.e, self.e.global_model(state))
         return Scores(values, "server", seconds=time.perf_counter() - start)
 
-    def _client_scores(self, state: State, t: int, one_by_one: bool = False) -> Scores:
+    def _client_scores(self, state: State, t: int, own: bool, one_by_one: bool) -> Scores:
+        """Over the clients that are scored: of their own models, or of the server's on their rows."""
         start = time.perf_counter()
-        each = self.engine.scores(self.e.method, self._served(state), t)
-        answered = [client for client in self.e.clients if client.id in each]
-        mean = evaluate.mean([each[c.id] for c in answered], [c.examples for c in answered]) if answered else {}
-        return Scores(mean, "clients", each if one_by_one else {}, time.perf_counter() - start)
+        c = self.e.config
+        panel = sampling.panel(self.e.clients, c.clients.scored, c.seed)
+        method = self.e.method
+        common = method.serve(state, Client("server", 0, method.rank))
+        served = self._served(state, panel) if own else ((client, common) for client in panel)
+        each = self.engine.scores(method, served, t, common=not own)
+        mean, spread = evaluate.summary({x.id: x.examples for x in panel if x.id in each}, each)
+        rows = "own" if c.clients.holdout else "common"
+        over = {"clients": len(each), "of": len(self.e.clients), "rows": rows, **spread}
+        return Scores(mean, "clients", each if one_by_one else {}, over, time.perf_counter() - start)
 
-    def _served(self, state: State) -> Iterator[Job]:
-        """What every client is sent so that it has its own model."""
-        return ((client, self.e.method.serve(state, client)) for client in self.e.clients)
+    def _served(self, state: State, clients: Sequence[Client]) -> Iterator[Job]:
+        """What each client is sent so that it has its own model."""
+        return ((client, self.e.method.serve(state, client)) for client in clients)
 
     def _personalise(self, state: State) -> None:
         """The personal phase: every client trains for itself and uploads nothing. One more line in rounds.jsonl."""
         record, ids = Record(self.rounds + 1, stage="personal"), [client.id for client in self.e.clients]
         start = time.perf_counter()
-        for result in in_order(self.engine.personal(self.e.method, self._served(state), record.t), ids):
+        for result in in_order(self.engine.personal(self.e.method, self._served(state, self.e.clients), record.t), ids):
             if isinstance(result, Failure):
                 record.dropped[result.client.id] = result.reason
                 record.clients.append(result.client.id)
@@ -344,7 +352,7 @@ class _Run:
                 record.clients.append(result.client.id)
         record.seconds = time.perf_counter() - start
         self.observer.doing("evaluating the personal models")
-        self._write(record, state, self._client_scores(state, record.t, one_by_one=True))
+        self._write(record, state, self._client_scores(state, record.t, own=True, one_by_one=True))
 
     def _manifest(self, **adapters: Any) -> None:
         """What the run is made from; at the end with the hashes of its adapters."""

@@ -42,8 +42,8 @@ class Evaluation:
 class Scorer(Protocol):
     """What scores are made with: a trainer, here or elsewhere."""
 
-    def evaluate(self, work: Work, data: Encoded) -> Evaluation:
-        """Loss and predictions, row by row."""
+    def evaluate_together(self, works: Sequence[Work], data: Sequence[Encoded]) -> list[Evaluation]:
+        """Loss and predictions of each work on rows of its own, row by row."""
         ...
 
     def log_likelihoods(self, work: Work, data: Encoded) -> NDArray[np.float64]:
@@ -120,7 +120,7 @@ class Trainer:
             if s.private is not None:
                 plan = private_steps.plan(s.private, client, work, len(encoded), s.batch_size, len(plan), t, part)
             member = local_steps.Member(client, work, encoded, plan, local_steps.gate_shape(work))
-            passes.setdefault(_batching_key(member), []).append((i, member))
+            passes.setdefault(_batching_key(work, encoded, member.gate), []).append((i, member))
         results: dict[int, Trained] = {}
         for members in passes.values():
             members.sort(key=lambda pair: -len(pair[1].plan))
@@ -139,36 +139,50 @@ class Trainer:
 
     def evaluate(self, work: Work, data: Encoded, batch_size: int | None = None) -> Evaluation:
         """Loss and predictions, row by row, of the model that `work` describes."""
-        rows = np.argsort(data.lengths, kind="stable")
+        return self.evaluate_together([work], [data], batch_size)[0]
+
+    def evaluate_together(
+        self, works: Sequence[Work], data: Sequence[Encoded], batch_size: int | None = None
+    ) -> list[Evaluation]:
+        """What `evaluate` finds for each work on its own rows.
+
+        Works whose rows fill one batch together are scored in one pass, where they could train in one; the result is that of
+        each alone, up to the order of floating-point sums.
+        """
         size = batch_size or 8 * self.settings.batch_size
+        found: dict[int, Evaluation] = {}
+        for group in _passes(works, data, size):
+            found |= zip(group, self._evaluate([works[i] for i in group], [data[i] for i in group], size), strict=True)
+        return [found[i] for i in range(len(works))]
+
+    def _evaluate(self, works: Sequence[Work], data: Sequence[Encoded], size: int) -> list[Evaluation]:
+        """Of works scored together: all their rows in one batch, or a single work's in as many as it takes."""
+        orders = [np.argsort(rows.lengths, kind="stable") for rows in data]
         told: list[Tensor] = []
         found: list[Tensor] = []
         # No inference mode: a cast made in it could not be trained on. Nothing waits for the device but its end.
-        with torch.no_grad(), Loaded(self._model, work, data, pack=True):
-            self._model.foresee([(data, rows)])
-            for first in range(0, len(rows), size):
-                parts = [(data, rows[first : first + size])]
+        with torch.no_grad(), Loaded(self._model, works, data, pack=True):
+            self._model.foresee(list(zip(data, orders, strict=True)))
+            for first in range(0, max(map(len, orders)), size):
+                parts = [(rows, order[first : first + size]) for rows, order in zip(data, orders, strict=True)]
                 wanted = targets(parts)
                 logits = self._model.logits(parts, wanted)
-                sums, counts = summed_losses(data.kind, logits, wanted.to(self._model.device))
-                told.append(torch.stack((sums, counts)))
-                if data.kind != "causal-lm":
+                told.append(torch.stack(summed_losses(data[0].kind, logits, wanted.to(self._model.device)), 1))
+                if data[0].kind != "causal-lm":
                     found.append(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-        total, count = torch.cat(told, 1).sum(1).tolist() if told else (0.0, 0.0)
-        loss = total / count if count else math.nan
-        if not found:
-            return Evaluation(loss, int(count))
-        sorted_logits = torch.cat(found).cpu()
-        logits = torch.empty_like(sorted_logits).index_copy_(0, torch.from_numpy(rows), sorted_logits)
-        predictions = logits.argmax(1) if data.kind == "classification" else logits.squeeze(1)
-        return Evaluation(loss, int(count), logits, predictions)
+        sums = torch.stack(told).sum(0).tolist() if told else [(0.0, 0.0)] * len(works)
+        each = torch.split(torch.cat(found).cpu(), [len(order) for order in orders]) if found else [None] * len(works)
+        return [
+            _evaluation(rows, order, x, *sums[k])
+            for k, (rows, order, x) in enumerate(zip(data, orders, each, strict=True))
+        ]
 
     def log_likelihoods(self, work: Work, data: Encoded, batch_size: int | None = None) -> NDArray[np.float64]:
         """(n,) log-likelihood of each row's answer tokens behind its prompt, of a causal LM."""
         size = batch_size or 8 * self.settings.batch_size
         rows = np.argsort(data.lengths, kind="stable")
         found = np.zeros(len(data))
-        with torch.no_grad(), Loaded(self._model, work, data, pack=True):
+        with torch.no_grad(), Loaded(self._model, [work], [data], pack=True):
             self._model.foresee([(data, rows)])
             for first in range(0, len(rows), size):
                 chosen = rows[first : first + size]
@@ -198,30 +212,30 @@ class Trainer:
 
         `data` is only looked at for its kind and the length of its rows.
         """
-        return Loaded(self._model, work, data)
+        return Loaded(self._model, [work], [data])
 
 
 class Loaded:
-    """A context that holds one client's adapter, head and offset on the model, as constants.
+    """A context that holds the adapter, head and offset of one client or of several on the model, as constants.
 
     With `pack` it is fed by `AdaptedModel.logits` alone, without padding where the architecture allows; else as any other.
     """
 
-    def __init__(self, model: AdaptedModel, work: Work, data: Encoded, pack: bool = False) -> None:
-        self._model, self._work, self._data, self._pack = model, work, data, pack
+    def __init__(self, model: AdaptedModel, works: Sequence[Work], data: Sequence[Encoded], pack: bool = False) -> None:
+        self._model, self._works, self._data, self._pack = model, works, data, pack
 
     def __enter__(self) -> nn.Module:
-        model, work = self._model, self._work
-        dtype = local_steps.state_dtype([work])
-        kernels = not local_steps.gate_shape(work)
+        model, works = self._model, self._works
+        dtype = local_steps.state_dtype(works)
+        kernels = not local_steps.gate_shape(works[0])
         compute = model.ready(
-            dtype, work.base, [self._data], kernels=kernels, pack=self._pack and kernels, prefix=self._pack
+            dtype, works[0].base, self._data, kernels=kernels, pack=self._pack and kernels, prefix=self._pack
         )
-        layout, flat = flatten([work.train], dtype, model.device)
-        fixed = [local_steps.moved(work.fixed, dtype, model.device)]
-        factors, views = AdapterStack([work.adapter], layout, fixed)(flat, compute)
-        scale = torch.full((1, 1, 1), work.scale, dtype=compute, device=model.device)
-        model.put(factors, scale, local_steps.heads(views, local_steps.stacked_heads(fixed, compute), 1))
+        layout, flat = flatten([work.train for work in works], dtype, model.device)
+        fixed = [local_steps.moved(work.fixed, dtype, model.device) for work in works]
+        factors, views = AdapterStack([work.adapter for work in works], layout, fixed)(flat, compute)
+        scale = torch.tensor([work.scale for work in works], dtype=compute, device=model.device).view(-1, 1, 1)
+        model.put(factors, scale, local_steps.heads(views, local_steps.stacked_heads(fixed, compute), len(works)))
         return model.model
 
     def __exit__(
@@ -230,13 +244,39 @@ class Loaded:
         self._model.rest()
 
 
-def _batching_key(member: local_steps.Member) -> object:
-    """Works that are equal here can train in one pass."""
-    work = member.work
+def _batching_key(work: Work, data: Encoded, gate: local_steps.GateShape) -> object:
+    """Works that are equal here can be in one pass."""
     roles = tuple(sorted((role, site) for role, group in work.train.items() for site in group))
     fixed = tuple(sorted((role, site) for role, group in work.fixed.items() for site in group))
     base = tuple(sorted((role, site, id(x)) for role, group in work.base.items() for site, x in group.items()))
-    return roles, fixed, base, member.gate, work.optimizer, local_steps.state_dtype([work]), member.data.kind
+    return roles, fixed, base, gate, work.optimizer, local_steps.state_dtype([work]), data.kind
+
+
+def _passes(works: Sequence[Work], data: Sequence[Encoded], size: int) -> list[list[int]]:
+    """Which works are scored together: those that could train together, as long as their rows are no more than `size`."""
+    passes: list[list[int]] = []
+    going: dict[object, tuple[int, int]] = {}  # (pass, its rows)
+    for i, (work, rows) in enumerate(zip(works, data, strict=True)):
+        key = _batching_key(work, rows, local_steps.gate_shape(work))
+        at, filled = going.get(key, (-1, size))
+        if filled + len(rows) > size:
+            at, filled = len(passes), 0
+            passes.append([])
+        passes[at].append(i)
+        going[key] = at, filled + len(rows)
+    return passes
+
+
+def _evaluation(
+    data: Encoded, order: NDArray[np.int64], logits: Tensor | None, total: float, count: float
+) -> Evaluation:
+    """What was found for one work's rows, whose logits come in `order`."""
+    loss = total / count if count else math.nan
+    if logits is None:
+        return Evaluation(loss, int(count))
+    logits = torch.empty_like(logits).index_copy_(0, torch.from_numpy(order), logits)
+    predictions = logits.argmax(1) if data.kind == "classification" else logits.squeeze(1)
+    return Evaluation(loss, int(count), logits, predictions)
 
 
 def _greedy(model: nn.Module, data: Encoded, rows: NDArray[np.int64], max_new_tokens: int) -> list[list[int]]:
