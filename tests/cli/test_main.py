@@ -16,6 +16,7 @@ import fedloom
 from fedloom import methods
 from fedloom.cli.main import app, call
 from fedloom.cli.show import out as console
+from fedloom.runs.run import Observer, start
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -63,6 +64,18 @@ def test_run_evaluate_export_verify_sensitivity(file: Path, tmp_path: Path, caps
                 ("col", "row", "rank", "feature")]) == 16  # fmt: skip
     assert "1.7" in report and "41" in report and "convention unknown" in report
     assert call(["resume", run]) == 0
+
+
+def test_verify_of_an_unfinished_run(settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Stopped(Observer):
+        def round(self, record: dict[str, Any]) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(fedloom.RunConfig.model_validate(settings()), tmp_path / "run", Stopped())
+    assert call(["verify", str(tmp_path / "run")]) == 0
+    said = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert ["-", "adapter:"] in said and ["ok", "adapter"] not in said and ["ok", "config"] in said
 
 
 @pytest.mark.parametrize("width", [60, 100, 160])

@@ -90,7 +90,7 @@ def _copy(adapter: Path, folder: Path) -> None:
 
 
 def verify(path: Path) -> list[tuple[str, str | None, str | None]]:
-    """(what, hash in the manifest, hash now) for everything that the manifest hashes."""
+    """(what, hash in the manifest, hash now) for everything that the manifest hashes; an unfinished run has no adapter's."""
     run = RunDirectory.open(path)
     expected = dict(run.manifest().get("hashes", {}))
     e = experiment(run.config())
