@@ -21,7 +21,7 @@ from fedloom.checkpoint import ClientStates
 from fedloom.client import Client, Failure
 from fedloom.core import Exchange, Method, Round, Send, Trained, Visit, Work
 from fedloom.engine import Answer, Job, Total, asked_too_often, ended_too_soon
-from fedloom.errors import ConfigError, MethodError
+from fedloom.errors import ConfigError, MethodError, RoundError
 from fedloom.rng import generator
 from fedloom.state import Sites, State, finite
 
@@ -83,8 +83,13 @@ def _fit(
     try:
         return trainer.fit(works, data, t, part), ()
     except (MemoryError, RuntimeError) as error:
-        if len(works) < 2 or not _exhausted(error):
+        if not _exhausted(error):
             raise
+        if len(works) < 2:
+            raise RoundError(
+                f"there is no memory to train even one client at a time (round {t}): lower train.batch_size or "
+                "task.max_length, set model.checkpointing = true, or choose a smaller model.dtype or model"
+            ) from error
     # Outside the handler, whose error holds on to what was computed.
     half = (len(works) + 1) // 2
     first, more = _fit(trainer, works[:half], data[:half], t, part)
@@ -93,8 +98,9 @@ def _fit(
 
 
 def _exhausted(error: BaseException) -> bool:
-    """Whether a device had no memory left. PyTorch raises a plain RuntimeError for a CPU."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    """Whether a device had no memory left. On a CPU PyTorch raises a plain RuntimeError, in its own words or in oneDNN's."""
+    said = ("DefaultCPUAllocator", "could not create a primitive", "could not create a memory", "std::bad_alloc")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
 
 
 def one_by_one(trainer: LocalTrainer[Any]) -> Drive:
