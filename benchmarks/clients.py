@@ -1,11 +1,12 @@
 """10, 1,000 and 100,000 clients, ten of them in a round: what grows with all clients, and what with those of a round.
 
-    OMP_NUM_THREADS=1 python benchmarks/clients.py [--counts 10,1000,100000] [--methods fedit,fedsa_lora] [--rounds 20]
+    OMP_NUM_THREADS=1 python benchmarks/clients.py [--rows 1000000] [--counts 10,1000,100000] [--methods fedit] [--rounds 20]
     OMP_NUM_THREADS=1 python benchmarks/clients.py --partitions
     OMP_NUM_THREADS=1 python benchmarks/clients.py --scored
 
-A random BERT of two layers of 16 numbers, so that training costs little: ten rows a client, one step of four rows. Each run is
-a process of its own. `--partitions` deals 10^6 rows to 10^5 clients; `--scored` scores the clients of a personal method.
+A random BERT of two layers of 16 numbers, so that training costs little: ten rows a client, or `--rows` altogether; one step of
+four rows. Each run is a process of its own. `--partitions` deals 10^6 rows to 10^5 clients; `--scored` scores the clients of a
+personal method.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def rows(count: int) -> Any:
     return Dataset.from_dict({"text": texts, "label": [f"c{i % 3}" for i in range(count)], "site": fields})
 
 
-def train(method: str, clients: int, rounds: int, more: dict[str, Any]) -> None:
+def train(method: str, clients: int, total: int, rounds: int, more: dict[str, Any]) -> None:
     """One run in this process; what it took, as JSON."""
     import fedloom
     from fedloom import checkpoint
@@ -76,7 +77,7 @@ def train(method: str, clients: int, rounds: int, more: dict[str, Any]) -> None:
     timed(partition, "partition", partition.partition)
     with tempfile.TemporaryDirectory() as folder:
         model(Path(folder) / "model")
-        table = rows(clients * ROWS)
+        table = rows(total)
         began: list[float] = []
 
         class Seen(Observer):
@@ -131,7 +132,7 @@ def counts(asked: argparse.Namespace) -> None:
     print("|---|" + "---|" * 9)
     for method in asked.methods.split(","):
         for clients in map(int, asked.counts.split(",")):
-            x = child(method, str(clients), str(asked.rounds), "{}")
+            x = child(method, str(clients), str(asked.rows or clients * ROWS), str(asked.rounds), "{}")
             print(
                 f"| `{method}` | {clients:,} | {x['start_s']:.1f} s | {x['partition_s']:.2f} s | {x['first_round_ms']:.0f} ms "
                 f"| {x['outside_ms']:.1f} ms | {x['checkpoint_ms']:.1f} ms | {x['line_bytes'] / 1e3:.1f} kB "
@@ -163,7 +164,7 @@ def scored() -> None:
         ("100 of them, on the same 50 rows", {}),
         ("all, each on 2 rows of its own", {"scored": 1000, "holdout": 0.2}),
     ):
-        x = child("fedsa_lora", "1000", "3", json.dumps({**more, "fraction": 1.0}))
+        x = child("fedsa_lora", "1000", "10000", "3", json.dumps({**more, "fraction": 1.0}))
         print(f"| {name} | {x['evaluate_s']:.2f} s |", flush=True)
 
 
@@ -172,13 +173,14 @@ def main() -> None:
     parser.add_argument("--counts", default="10,1000,100000")
     parser.add_argument("--methods", default="fedit,fedsa_lora")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rows", type=int)
     parser.add_argument("--partitions", action="store_true")
     parser.add_argument("--scored", action="store_true")
-    parser.add_argument("--child", nargs=4, metavar=("METHOD", "CLIENTS", "ROUNDS", "MORE"))
+    parser.add_argument("--child", nargs=5, metavar=("METHOD", "CLIENTS", "ROWS", "ROUNDS", "MORE"))
     asked = parser.parse_args()
     if asked.child:
-        method, clients, rounds, more = asked.child
-        train(method, int(clients), int(rounds), json.loads(more))
+        method, *numbers, more = asked.child
+        train(method, *map(int, numbers), json.loads(more))
         return
     print(describe())
     if asked.partitions:

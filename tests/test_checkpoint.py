@@ -67,6 +67,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert check(folder, 4) == 4
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     assert names == [
+        "kept-000003.jsonl",
         "kept/a-000004.safetensors",
         "kept/b-000004.safetensors",
         "latest.json",
@@ -170,7 +171,7 @@ def interrupt(patch: pytest.MonkeyPatch, nth: int, error: Callable[[], BaseExcep
     real_open = io.open
 
     def opens(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if "w" not in mode:
+        if "w" not in mode and "+" not in mode:
             return real_open(file, mode, *args, **kwargs)
         if fails():
             raise error()
@@ -191,11 +192,8 @@ def interrupt(patch: pytest.MonkeyPatch, nth: int, error: Callable[[], BaseExcep
                     raise error()
                 return int(write(data))
 
-            def flush(self) -> None:
-                handle.flush()
-
-            def fileno(self) -> int:
-                return int(handle.fileno())
+            def __getattr__(self, name: str) -> Any:
+                return getattr(handle, name)
 
         return Torn()
 
@@ -234,6 +232,7 @@ def test_killed_at_any_call_the_old_or_the_new_round_loads_whole(tmp_path: Path)
             "latest.json",
             f"round-{t + 1:06d}.json",
             f"state-{t + 1:06d}.safetensors",
+            "kept-000001.jsonl",
             *(f"{k}-{t + 1:06d}.safetensors" for k in "ab"),
         }
         if not reached:
@@ -262,6 +261,58 @@ def test_a_write_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pyt
     assert order == ["sync", "rename", "sync"]
 
 
+def test_a_round_writes_what_changed_and_sweeps_what_it_put_in_place_of(tmp_path: Path) -> None:
+    """The journal grows by a line for each client of a round, begins anew when most is bygone, and can be gone back in."""
+    kept = ClientStates(tmp_path / "kept")
+    for client in range(50):
+        kept.stage(f"c{client}", own("a", 0), 0)
+    kept.commit()
+    checkpoint.save(tmp_path, 0, state(0), kept)
+    first = (tmp_path / "kept-000000.jsonl").read_bytes()
+    for t in range(1, 4):
+        kept.put("c7", own("a", t), t)
+        kept.stage("c8", own("a", t), t)
+        kept.discard()
+        checkpoint.save(tmp_path, t, state(t), kept, keep=2)
+    assert (tmp_path / "kept-000000.jsonl").read_bytes()[: len(first)] == first
+    assert len((tmp_path / "kept-000000.jsonl").read_bytes().splitlines()) == 53
+    there = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert there == {f"c{k}-000000.safetensors" for k in range(50) if k != 7} | {
+        f"c7-00000{t}.safetensors" for t in (2, 3)
+    }
+    for t in (2, 3):
+        stored = checkpoint.load(tmp_path, t)[2].get("c7")
+        assert stored is not None and same(stored, own("a", t))
+    back = checkpoint.load(tmp_path, 2)[2]
+    checkpoint.save(tmp_path, 2, state(2), back, keep=4)
+    back.put("c9", own("b", 3), 3)
+    checkpoint.save(tmp_path, 3, state(3), back, keep=2)
+    files = checkpoint.load(tmp_path)[2].files
+    assert (files["c7"], files["c9"]) == ("c7-000002.safetensors", "c9-000003.safetensors")
+    for t in range(4, 30):
+        for client in range(50):
+            back.stage(f"c{client}", own("a", t), t)
+        back.commit()
+        checkpoint.save(tmp_path, t, state(t), back)
+    (journal,) = tmp_path.glob("kept-*.jsonl")
+    assert journal.name == "kept-000024.jsonl" and len(journal.read_bytes().splitlines()) == 50 * 6
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {f"c{k}-000029.safetensors" for k in range(50)}
+
+
+def test_damaged_or_missing_journal(tmp_path: Path) -> None:
+    save(tmp_path, 1, ClientStates(tmp_path / "kept"))
+    file = tmp_path / "kept-000001.jsonl"
+    data = file.read_bytes()
+    file.write_bytes(data + b"behind what counts")
+    check(tmp_path, 1)
+    file.write_bytes(data.replace(b"a-000001", b"b-000001"))
+    with pytest.raises(RunError, match="is not what the checkpoint names"):
+        checkpoint.load(tmp_path)
+    file.unlink()
+    with pytest.raises(RunError, match="cannot be read"):
+        checkpoint.load(tmp_path)
+
+
 def test_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"holds no checkpoint \(no latest.json\)"):
         checkpoint.load(tmp_path)
@@ -271,11 +322,11 @@ def test_another_format(tmp_path: Path) -> None:
     save(tmp_path, 1, ClientStates(tmp_path / "kept"))
     meta = json.loads((tmp_path / "latest.json").read_text())
     (tmp_path / "latest.json").write_text(json.dumps(meta | {"format": 99}))
-    with pytest.raises(RunError, match="format 99, expected 1: use the fedloom version that wrote it"):
+    with pytest.raises(RunError, match="format 99, expected 2: use the fedloom version that wrote it"):
         checkpoint.load(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"format": 1}', "\udcff"], ids=repr)
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"format": 2}', "\udcff"], ids=repr)
 def test_damaged_pointer(tmp_path: Path, text: str) -> None:
     save(tmp_path, 1, ClientStates(tmp_path / "kept"))
     (tmp_path / "latest.json").write_bytes(text.encode("utf-8", "surrogateescape"))

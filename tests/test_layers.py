@@ -24,7 +24,7 @@ FLOORS = [
     ["core"],
     ["flows"],
     ["methods"],
-    ["checkpoint", "communication", "engine", "sampling", "screening", "loop", "simulation", "describe"],
+    ["journal", "checkpoint", "communication", "engine", "sampling", "screening", "loop", "simulation", "describe"],
     ["privacy"],
     ["train", "data", "models", "wireless"],
     ["flower", "ray"],

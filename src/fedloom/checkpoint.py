@@ -1,8 +1,9 @@
 """Checkpoints of a run: safetensors for states, JSON for the rest.
 
-`latest.json` is the commit point. It names the files of one complete round with their hashes and is replaced atomically. The
-last rounds before it stay, each under its own `round-N.json`; other files of rounds are left-overs of a crash and go with the
-next round. A kill at any instant leaves the last complete round. A state is read back in the order of roles and sites that it
+`latest.json` is the commit point. It names the files of one complete round with their hashes, those of clients by a journal,
+and is replaced atomically. The last rounds before it stay, each under its own `round-N.json`; files that none of them names go
+with the next round: left-overs of a crash when a process first writes here, then what a round put in the place of another.
+A kill at any instant leaves the last complete round. A state is read back in the order of roles and sites that it
 was written in: the order of a sum decides its last bit.
 """
 
@@ -12,7 +13,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,17 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from fedloom.disk import disk_errors, make_folder, write, write_json
+from fedloom.disk import disk_errors, make_folder, sync_folder, write, write_json
 from fedloom.errors import RunError
+from fedloom.journal import Journal, Line
 from fedloom.state import State
 
-FORMAT = 1
+FORMAT = 2
 
 _NAME = re.compile(r"(.+)-(\d{6,})\.safetensors")
 """Of a file of a client's state: client, round."""
-_STATE = re.compile(r"state-(\d{6,})(-done)?\.safetensors")
+_OURS = re.compile(r"state-\d{6,}(-done)?\.safetensors|kept-\d{6,}\.jsonl")
+"""Of a file of a round, in the folder itself."""
 _ROUND = re.compile(r"round-(\d{6,})\.json")
 
 
@@ -65,13 +68,24 @@ class ClientStates:
     """
 
     def __init__(
-        self, folder: Path | None = None, files: dict[str, str] | None = None, hashes: dict[str, str] | None = None
+        self,
+        folder: Path | None = None,
+        files: dict[str, str] | None = None,
+        hashes: dict[str, str] | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.folder = folder
         self.files = dict(files or {})
         """Client id -> file name."""
         self.hashes = dict(hashes or {})
         """File name -> sha256, where it is known."""
+        self.journal = journal or Journal()
+        """Of the checkpoint that was read or written last."""
+        self.changed: set[str] = set()
+        """Clients that keep another file than the journal says."""
+        self.bygone: list[tuple[int, str]] = []
+        """(first round that does not name it, file): of this process, and not swept yet."""
+        self._looked = False
         self._memory: dict[str, State] = {}
         self._staged_files: dict[str, str] = {}
         self._staged: dict[str, State] = {}
@@ -103,20 +117,37 @@ class ClientStates:
         name = f"{client}-{t:06d}.safetensors"
         make_folder(self.folder)
         data = encode(state)
-        write(self.folder / name, data)
+        write(self.folder / name, data, listed=False)
         self._staged_files[client] = name
         self.hashes[name] = hashlib.sha256(data).hexdigest()
 
     def commit(self) -> None:
         """What was staged counts from now on."""
         self._memory |= self._staged
-        self.files |= dict(sorted(self._staged_files.items()))  # they may be staged from several threads
-        self.hashes = {name: self.hashes[name] for name in self.files.values() if name in self.hashes}
-        self.discard()
+        if self._staged_files and self.folder is not None:
+            with disk_errors(self.folder):
+                sync_folder(self.folder)
+        for client, name in sorted(self._staged_files.items()):  # they may be staged from several threads
+            before = self.files.get(client)
+            if before is not None and before != name:
+                self._drop(before, _parts(name)[1])
+            self.files[client] = name
+            self.changed.add(client)
+        self._staged, self._staged_files = {}, {}
 
     def discard(self) -> None:
         """Forget what was staged."""
+        for name in self._staged_files.values():
+            self._drop(name, 0)
         self._staged, self._staged_files = {}, {}
+
+    def _drop(self, name: str, t: int) -> None:
+        self.hashes.pop(name, None)
+        self.bygone.append((t, name))
+
+    def lines(self, clients: Iterable[str]) -> Iterator[Line]:
+        """Of the journal."""
+        return ((client, name := self.files[client], self.hashes.get(name, "")) for client in clients)
 
     def put(self, client: str, state: State, t: int) -> None:
         """Stage and commit."""
@@ -132,6 +163,19 @@ class ClientStates:
             if path.name not in named and (match := _NAME.fullmatch(path.name)) and match[1] in ours:
                 path.unlink(missing_ok=True)
 
+    def swept(self, folder: Path, metas: Iterable[dict[str, Any]], oldest: int) -> list[Path]:
+        """Files of clients that no checkpoint to be kept names, the `oldest` of which is a round; at first, all there are."""
+        assert self.folder is not None
+        if not self._looked:
+            self._looked, self.bygone = True, []
+            named = {name for meta in metas for name in Journal.read(folder, meta["kept"], "start again")[1].values()}
+            there = [path for path in self.folder.glob("*") if _NAME.fullmatch(path.name) and path.name not in named]
+            return [*there, *self.folder.glob("*.new")]
+        gone = [name for t, name in self.bygone if t <= oldest]
+        self.bygone = [(t, name) for t, name in self.bygone if t > oldest]
+        # A round that is done again has files of the same names.
+        return [self.folder / name for name in gone if self.files.get(_parts(name)[0]) != name]
+
     def clients(self) -> list[str]:
         """Ids of the clients that keep something, sorted."""
         return sorted(self._memory if self.folder is None else self.files)
@@ -143,20 +187,21 @@ def save(folder: Path, t: int, state: State, client_states: ClientStates, done: 
     data = encode(state)
     name = f"state-{t:06d}{'-done' if done else ''}.safetensors"
     write(folder / name, data)
-    files = client_states.files
+    kept, files = client_states, client_states.files
+    kept.journal.add(folder, t, kept.lines(sorted(kept.changed)), len(files), lambda: kept.lines(sorted(files)))
+    kept.changed.clear()
     meta = {
         "format": FORMAT,
         "round": t,
         "done": done,
         "state": name,
         "sha256": hashlib.sha256(data).hexdigest(),
-        "kept": files,
-        "kept_sha256": {name: client_states.hashes[name] for name in files.values() if name in client_states.hashes},
+        "kept": kept.journal.meta(),
     }
     write_json(folder / f"round-{t:06d}.json", meta)
     write_json(folder / "latest.json", meta)
     with disk_errors(folder):
-        _sweep(folder, keep)
+        _sweep(folder, kept, meta, keep)
 
 
 def load(folder: Path, t: int | None = None) -> tuple[int, State, ClientStates, bool]:
@@ -172,8 +217,8 @@ def load(folder: Path, t: int | None = None) -> tuple[int, State, ClientStates, 
         raise RunError(
             f"{folder / meta['state']} is damaged: sha256 is {digest[:12]}..., expected {meta['sha256'][:12]}...; {instead}"
         )
-    kept = ClientStates(folder / "kept", meta["kept"], meta["kept_sha256"])
-    return meta["round"], decode(data), kept, meta["done"]
+    journal, files, hashes = Journal.read(folder, meta["kept"], instead)
+    return meta["round"], decode(data), ClientStates(folder / "kept", files, hashes, journal), meta["done"]
 
 
 def rounds(folder: Path) -> list[int]:
@@ -205,35 +250,42 @@ def _meta(folder: Path, t: int | None) -> dict[str, Any]:
         raise RunError(
             f"{folder} has checkpoint format {meta.get('format')!r}, expected {FORMAT}: use the fedloom version that wrote it"
         )
-    meta.setdefault("kept_sha256", {})
-    shapes = {"round": int, "done": bool, "state": str, "sha256": str, "kept": dict, "kept_sha256": dict}
+    shapes = {"round": int, "done": bool, "state": str, "sha256": str, "kept": dict}
     for key, kind in shapes.items():
         if type(meta.get(key)) is not kind:
             raise RunError(f"{path} is damaged ({key} is {str(meta.get(key))[:40]!r}): {instead}")
-    named = [meta["state"], *meta["kept"].values()]
+    kept = meta["kept"]
+    if type(kept.get("bytes")) is not int or not isinstance(kept.get("sha256"), str):
+        raise RunError(f"{path} is damaged (kept is {str(kept)[:40]!r}): {instead}")
+    named = [meta["state"], *([] if kept.get("journal") is None else [kept["journal"]])]
     if not all(isinstance(name, str) and Path(name).name == name for name in named) or meta["round"] < 0:
         raise RunError(f"{path} is damaged (it names no files of a checkpoint): {instead}")
     return meta
 
 
-def _sweep(folder: Path, keep: int) -> None:
+def _sweep(folder: Path, kept: ClientStates, latest: dict[str, Any], keep: int) -> None:
     """Remove the files of rounds that no checkpoint to be kept names; what is not ours stays."""
-    latest = json.loads((folder / "latest.json").read_text())
     earlier = [t for t in rounds(folder) if t < latest["round"]]
     stay = {latest["round"], *earlier[len(earlier) - max(0, keep - 1) :]}
-    named: set[str] = {latest["state"], *latest["kept"].values()}
+    metas = [latest]
     for t in rounds(folder):
         path = folder / f"round-{t:06d}.json"
         if t in stay:
-            meta = json.loads(path.read_text())
-            named |= {meta["state"], *meta["kept"].values()}
+            metas.append(json.loads(path.read_text()))
         else:
             path.unlink(missing_ok=True)
-    stale = [path for path in folder.glob("state-*") if _STATE.fullmatch(path.name) and path.name not in named]
-    stale += [p for p in (folder / "kept").glob("*") if _NAME.fullmatch(p.name) and p.name not in named]
-    stale += [*folder.glob("*.new"), *(folder / "kept").glob("*.new")]
-    for path in stale:
+    named = {meta["state"] for meta in metas} | {meta["kept"]["journal"] for meta in metas}
+    stale = [path for path in folder.glob("*") if _OURS.fullmatch(path.name) and path.name not in named]
+    if kept.folder is not None:
+        stale += kept.swept(folder, metas, min(stay))
+    for path in [*stale, *folder.glob("*.new")]:
         path.unlink(missing_ok=True)
+
+
+def _parts(name: str) -> tuple[str, int]:
+    """(client, round) of a file's name."""
+    client, _, t = name.removesuffix(".safetensors").rpartition("-")
+    return client, int(t)
 
 
 def _read(path: Path, instead: str = "restore it from a copy, or start again") -> bytes:

@@ -40,8 +40,11 @@ def make_folder(path: Path, mode: int = 0o777) -> Path:
     return path
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+def write(path: Path, data: bytes, listed: bool = True) -> None:
+    """Write a file so that it is there whole or not at all.
+
+    Where it is not `listed`, the caller syncs its folder, once for many files: until then a power cut may take it away.
+    """
     with disk_errors(path):
         beside = path.with_name(path.name + ".new")
         with beside.open("wb") as file:
@@ -49,7 +52,8 @@ def write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-        sync_folder(path.parent)
+        if listed:
+            sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import fedloom
+from fedloom import checkpoint
 from fedloom.errors import FedloomError, RunError
 from fedloom.runs import finished
 from fedloom.runs import run as runs
@@ -41,7 +42,8 @@ def content(run: Path) -> dict[str, bytes]:
     """What a run must end with: all that is not a time."""
     latest = json.loads((run / "checkpoint" / "latest.json").read_text())
     assert latest["done"]
-    names = [f"checkpoint/{latest['state']}", *(f"checkpoint/kept/{name}" for name in latest["kept"].values())]
+    kept = checkpoint.load(run / "checkpoint")[2]
+    names = [f"checkpoint/{latest['state']}", *(f"checkpoint/kept/{name}" for name in kept.files.values())]
     names += ["run.toml", "partition.json"]
     files = [run / name for name in names] + [*run.glob("adapter/*"), *run.glob("clients/*/adapter/*")]
     return {str(path.relative_to(run)): path.read_bytes() for path in files}

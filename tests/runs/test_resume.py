@@ -279,7 +279,7 @@ def test_a_run_that_was_moved_writes_nowhere_else(settings: Settings, tmp_path: 
     assert adapters(fedloom.resume(tmp_path / "elsewhere").path) == want
 
 
-@pytest.mark.parametrize("content", [b"[]", b"{", b"\xff", b'{"format": 1, "round": "x"}', b"9" * 5000])
+@pytest.mark.parametrize("content", [b"[]", b"{", b"\xff", b'{"format": 2, "round": "x"}', b"9" * 5000])
 def test_damaged_checkpoints_and_manifests_are_one_error(content: bytes, settings: Settings, tmp_path: Path) -> None:
     run = done(settings, tmp_path)
     manifest = (run / "manifest.json").read_bytes()

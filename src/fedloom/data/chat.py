@@ -25,7 +25,7 @@ def require_chats(ds: Dataset, column: str) -> None:
     """Raise DataError unless every row of the column is a conversation with an assistant's turn (rows count from 1)."""
     if column not in ds.column_names:
         raise DataError(f"there is no column {column!r}, the data has: {', '.join(ds.column_names)}")
-    for number, turns in enumerate(ds[column], 1):
+    for number, turns in enumerate(ds[column][:], 1):
         expected = 'a list of {"role": ..., "content": ...} with an assistant\'s turn'
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise DataError(f"row {number} holds {shown(turns)} in column {column!r}, expected {expected}")
@@ -56,7 +56,7 @@ def encode_chats(ds: Dataset, tokenizer: Any, column: str, max_length: int) -> E
     tokens: list[int] = []
     counted: list[bool] = []
     lengths, starts = [0], []
-    for number, turns in enumerate(ds[column], 1):
+    for number, turns in enumerate(ds[column][:], 1):
         row: list[int] = []
         mask: list[bool] = []
         start = 0

@@ -53,7 +53,7 @@ def answers_of(rows: Dataset, choices: str | Sequence[str]) -> list[list[str]]:
             "every row write a list, task.choices = ['yes', 'no']"
         )
     found = []
-    for i, value in enumerate(rows[choices]):
+    for i, value in enumerate(rows[choices][:]):
         # ARC and others keep them as {"text": [...], "label": [...]}.
         each = value.get("text", value) if isinstance(value, dict) else value
         if not isinstance(each, list) or len(each) < 2:
@@ -71,7 +71,7 @@ def resolve(rows: Dataset, response: str, choices: str | Sequence[str]) -> tuple
     """
     answers = answers_of(rows, choices)
     return answers, [
-        _index(value, each, i) for i, (value, each) in enumerate(zip(rows[response], answers, strict=True))
+        _index(value, each, i) for i, (value, each) in enumerate(zip(rows[response][:], answers, strict=True))
     ]
 
 

@@ -46,7 +46,7 @@ def _label_names(ds: Dataset, label: str) -> list[str]:
     """Every row's class name; integral floats lose their `.0`, so that 1 and 1.0 are one class."""
     names = getattr(ds.features[label], "names", None)
     result = []
-    for row, value in enumerate(ds[label]):
+    for row, value in enumerate(ds[label][:]):
         if (
             value is None
             or (isinstance(value, float) and math.isnan(value))
@@ -81,7 +81,7 @@ def classes(ds: Dataset, label: str, labels: Sequence[str]) -> NDArray[np.int64]
 def values(ds: Dataset, label: str) -> NDArray[np.float32]:
     """(n,) targets of a regression. Raises DataError for a value that is no finite number, naming its row."""
     result = np.empty(len(ds), np.float32)
-    for row, value in enumerate(ds[label]):
+    for row, value in enumerate(ds[label][:]):
         try:
             with np.errstate(over="ignore"):  # beyond float32 is infinite, and told below
                 result[row] = float(value)

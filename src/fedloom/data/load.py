@@ -113,7 +113,9 @@ def split(ds: Dataset, holdout: float, seed: int, stratify: str | None = None) -
         )
     order = np.random.default_rng(seed_of(seed, "holdout")).permutation(n)
     held = (
-        order[:wanted] if stratify is None else _proportional(np.asarray([str(x) for x in ds[stratify]]), order, wanted)
+        order[:wanted]
+        if stratify is None
+        else _proportional(np.asarray([str(x) for x in ds[stratify][:]]), order, wanted)
     )
     kept = np.setdiff1d(np.arange(n), held)
     if not len(held):
@@ -149,7 +151,7 @@ def _original(name: str, split: str | None) -> Dataset:
         raise DataError(advice)
     # The repository itself holds a script, which datasets no longer runs; the hub's own conversion is on this branch.
     ds = _from_hub(original, None, split or "train", name, advice, revision="refs/convert/parquet")
-    labels = [ds.features["fine_label"].int2str(i) for i in ds["fine_label"]]
+    labels = [ds.features["fine_label"].int2str(i) for i in ds["fine_label"][:]]
     return datasets.Dataset.from_dict(packaged.questions(name, list(zip(labels, ds["text"], strict=True))))
 
 

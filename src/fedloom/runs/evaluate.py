@@ -107,9 +107,9 @@ def _answers(e: Experiment, work: Work, held: HeldOut) -> tuple[list[str], list[
     made = _scorer(e).generate(work, held.rows, e.config.task.max_new_tokens)
     decode = e.base.tokenizer.decode
     if e.tables.chats:
-        references = [last_answer(turns) for turns in held.table[e.tables.text[0]]]
+        references = [last_answer(turns) for turns in held.table[e.tables.text[0]][:]]
     else:
-        references = held.table[e.config.task.response]
+        references = held.table[e.config.task.response][:]
     return [str(decode(tokens, skip_special_tokens=True)).strip() for tokens in made], [
         str(x).strip() for x in references
     ]
