@@ -22,7 +22,7 @@ class Family:
     siblings: tuple[tuple[str, ...], ...] = ()
     """Names of layers that one module calls on the same input, in this order: they can be one matrix product."""
     packs: frozenset[Kind] = frozenset()
-    """Tasks whose batches may be packed: its attention goes through transformers' interface with nothing but a scale."""
+    """Tasks whose batches may be packed: its attention takes transformers' interface, and nothing but a scale and a window."""
     reader: str = ""
     """The module of a packed encoder that reads the first token of each row."""
     positions_follow_padding: bool = False

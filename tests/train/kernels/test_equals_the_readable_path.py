@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import GemmaConfig, GemmaForCausalLM, MistralConfig, MistralForCausalLM
 
 import fedloom.train
 from fedloom.core import Client, Factors, State, Trained, Work
@@ -230,10 +230,10 @@ def test_evaluation(name: str, build: Any, works: Any, calls: Counter[str]) -> N
 
 def test_which_batches_can_be_packed(build: Any) -> None:
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-    windowed = MistralForCausalLM(MistralConfig(vocab_size=40, num_key_value_heads=1, sliding_window=4, **small))
-    assert readers(windowed, "causal-lm") is None
-    open_ended = MistralForCausalLM(MistralConfig(vocab_size=40, num_key_value_heads=1, sliding_window=None, **small))
-    assert readers(open_ended, "causal-lm") == []
+    mistral = MistralForCausalLM(MistralConfig(vocab_size=40, num_key_value_heads=1, sliding_window=4, **small))
+    assert readers(mistral, "causal-lm") == []
+    gemma = GemmaForCausalLM(GemmaConfig(vocab_size=40, num_key_value_heads=1, head_dim=8, **small))
+    assert readers(gemma, "causal-lm") is None
     assert readers(build("gpt2-classifier").model, "classification") is None
     assert readers(torch.nn.Linear(2, 2), "classification") is None
     assert readers(build("bert").model, "classification") == ["bert.encoder.layer.1.attention.output", "bert.pooler"]

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedloom.models.families import Family, family_of
 from fedloom.models.quantised import QuantisedLinear, is_plain
+from fedloom.train.kernels.grouped_matmul import ALIGN, Groups, grouped_matmul
 from fedloom.train.kernels.lora_matmul import Frozen, Segments, lora_matmul
 from fedloom.train.lora_linear import Adapter, Dropout, Offset, shape_of
 
@@ -23,7 +24,7 @@ from fedloom.train.lora_linear import Adapter, Dropout, Offset, shape_of
 class Step:
     """What holds for every layer while one batch goes through."""
 
-    segments: Segments | None = None
+    segments: Segments | Groups | None = None
     """For inputs without padding, of shape (1, N, in); None where clients have equally many tokens."""
 
 
@@ -61,7 +62,7 @@ class LoRALinear:
         if self.siblings is not None:
             return self.siblings(self, x)
         frozen = Frozen(lambda dtype: [self.dense(dtype)], [self.bias], [self.out_features], [self.offset])
-        return lora_matmul(x, frozen, [self.adapter], self.step.segments)[0]
+        return _multiply(x, frozen, [self.adapter], self.step)[0]
 
 
 class Siblings:
@@ -113,7 +114,7 @@ class Siblings:
         if layer not in self._made or self._x is None or self._x() is not x:
             biases = [other.bias for other in self._layers] if self._apart else [self._bias]
             frozen = Frozen(self._weights, biases, self._outs, [other.offset for other in self._layers])
-            made = lora_matmul(x, frozen, [other.adapter for other in self._layers], layer.step.segments)
+            made = _multiply(x, frozen, [other.adapter for other in self._layers], layer.step)
             self._made = dict(zip(self._layers, made, strict=True))
             self._x = weakref.ref(x)
         return self._made.pop(layer)
@@ -150,6 +151,11 @@ class FusedLayers:
             siblings.append(Siblings([every[name] for name in names]))
         return cls({name: every[name] for name in layers}, siblings, list(every.values()))
 
+    @property
+    def aligned(self) -> bool:
+        """Whether the sizes of all are such as grouped products take."""
+        return all(x.in_features % ALIGN == 0 and x.out_features % ALIGN == 0 for x in self._every)
+
     def attach(self, offsets: Mapping[str, Offset]) -> None:
         for siblings in self._siblings:
             siblings.join()
@@ -175,6 +181,16 @@ class FusedLayers:
         """Give every layer a weight of its own again."""
         for siblings in self._siblings:
             siblings.part()
+
+
+def _multiply(x: Tensor, frozen: Frozen, adapters: Sequence[Adapter | None], step: Step) -> Sequence[Tensor]:
+    """Of each layer, by the product that suits where the step's tokens are."""
+    segments = step.segments
+    if not isinstance(segments, Groups):
+        return lora_matmul(x, frozen, adapters, segments)
+    K = max((len(adapter.A) for adapter in adapters if adapter is not None), default=0)
+    # Inputs of K blocks have equally many rows per client.
+    return grouped_matmul(x, frozen, adapters, segments) if x.shape[0] < K else lora_matmul(x, frozen, adapters, None)
 
 
 def _multiplies(layer: nn.Module) -> bool:

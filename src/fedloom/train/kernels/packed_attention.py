@@ -1,7 +1,9 @@
-"""Attention of packed rows: gathered into padded buckets, each with the faster of two kernels, and back."""
+"""Attention of packed rows: gathered into padded buckets, each with the faster of two kernels, and back; or in one kernel that
+needs no padding (`varlen_attention`)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -12,37 +14,46 @@ from transformers import AttentionInterface
 
 from fedloom.train.attention import choose
 from fedloom.train.kernels.packing import Packing
+from fedloom.train.kernels.varlen_attention import attend_rows
 
 PACKED = "fedloom_packed"
 """The name under which transformers finds `attend`."""
 
 
 class _Spread(torch.autograd.Function):
-    """Gather queries (1, heads, N, d), keys and values (1, heads / shared, N, d) into padded buckets: (3, M, d), of each the
-    vectors of every bucket's (R, heads, L'), end to end.
+    """Gather queries (1, heads, N, d), keys and values (1, heads / shared, N, d) into padded buckets: (M + 2 M', d), of each
+    the vectors of every bucket's (R, heads, L'), end to end. Keys and values have as many heads there as queries if
+    they are to be `repeated`, else their own.
 
     Padding holds some vector of its row, so its gradient must be zero. With `_Collect`, each the other's gradient and both
     plain gathers: no scatter, so that results do not depend on threads.
     """
 
     @staticmethod
-    def forward(ctx: Any, packing: Packing, *each: Tensor) -> Tensor:
-        heads, d = each[0].shape[1], each[0].shape[3]
-        ctx.packing, ctx.heads, ctx.shared = packing, heads, heads // each[1].shape[1]
+    def forward(ctx: Any, packing: Packing, repeated: bool, *each: Tensor) -> Tensor:
+        heads, own, d = each[0].shape[1], each[1].shape[1], each[0].shape[3]
+        ctx.packing, ctx.heads, ctx.own = packing, heads, own
+        ctx.laid = heads if repeated else own
         vectors = torch.cat([x.transpose(1, 2).reshape(-1, d) for x in each])
-        return vectors.index_select(0, packing.spread_index(heads, ctx.shared)).view(3, -1, d)
+        return vectors.index_select(0, packing.spread_index(heads, own, repeated))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         packing: Packing = ctx.packing
-        d, index = grads[0].shape[2], packing.back_index(ctx.heads)
-        back = grads[0].reshape(-1, d).index_select(0, index).view(3, 1, -1, ctx.heads, d)
-        if packing.idle:
-            back[:, :, -packing.idle :].zero_()
-        q, k, v = back.transpose(2, 3).unbind(0)
-        if ctx.shared > 1:
-            k, v = (x.view(1, -1, ctx.shared, x.shape[2], d).sum(2) for x in (k, v))
-        return None, q, k, v
+        heads, laid, d = ctx.heads, ctx.laid, grads[0].shape[1]
+        back = grads[0].index_select(0, packing.back_index(heads, laid))
+        N = packing.input_ids.shape[1]
+        parts = torch.split_with_sizes(back, [N * heads, N * laid, N * laid])
+        found = []
+        for x, n in zip(parts, (heads, laid, laid), strict=True):
+            x = x.view(1, N, n, d)
+            if packing.idle:
+                x[:, -packing.idle :].zero_()
+            found.append(x.transpose(1, 2))
+        q, k, v = found
+        if laid > ctx.own:
+            k, v = (x.reshape(1, ctx.own, -1, N, d).sum(2) for x in (k, v))
+        return None, None, q, k, v
 
 
 class _Collect(torch.autograd.Function):
@@ -111,27 +122,47 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     packing: Packing | None = None,
+    sliding_window: int | None = None,
     **ignored: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface, each row of a packing on its own; the result is (1, N, heads, d)."""
     assert packing is not None, "this attention is for packed batches"
     _, heads, _, d = query.shape
     scale = d**-0.5 if scaling is None else scaling
-    spread = _spread(packing, query, key, value)
-    sizes = [bucket.spread.numel() * heads for bucket in packing.buckets]
-    parts = torch.split_with_sizes(spread, sizes, 1) if len(sizes) > 1 else [spread]
+    if packing.rows is not None:
+        return attend_rows(query, key, value, packing.rows, packing.causal, scale, sliding_window), None
+    lengths, sizes = zip(*((x.spread.shape[1], x.spread.numel()) for x in packing.buckets), strict=True)
+    fused = [choose(query.device, query.dtype, L) == "sdpa" for L in lengths]
+    # The fused kernel shares heads of keys and values itself.
+    laid = key.shape[1] if all(fused) else heads
+    parts = _parts(_spread(packing, laid == heads, query, key, value), sizes, heads, laid)
     made = []
-    for i, (part, bucket) in enumerate(zip(parts, packing.buckets, strict=True)):
-        L = bucket.spread.shape[1]
-        if choose(query.device, query.dtype, L) == "sdpa":
-            q, k, v = part.view(3, -1, heads, L, d).unbind(0)
-            mask = None if packing.causal else bucket.valid[:, None, None, :]
-            rows = F.scaled_dot_product_attention(q, k, v, mask, is_causal=packing.causal, scale=scale).reshape(-1, d)
+    for i, (part, L) in enumerate(zip(parts, lengths, strict=True)):
+        window = sliding_window if sliding_window is not None and sliding_window < L else None
+        if fused[i]:
+            q, k, v = (x.view(-1, n, L, d) for x, n in zip(part, (heads, laid, laid), strict=True))
+            whole = packing.causal and window is None
+            mask = None if whole else packing.seen(i, window)
+            rows = F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=whole, scale=scale, enable_gqa=laid < heads
+            ).reshape(-1, d)
         else:
-            dtype = torch.float32 if _few(query.dtype, sizes[i] * L) else query.dtype
-            rows = plain(part, packing.mask(i, heads, dtype), scale)
+            assert isinstance(part, Tensor)
+            dtype = torch.float32 if _few(query.dtype, sizes[i] * heads * L) else query.dtype
+            rows = plain(part, packing.mask(i, heads, dtype, window), scale)
         made.append(rows)
     return _collect(made[0] if len(made) == 1 else torch.cat(made), packing, heads), None
+
+
+def _parts(spread: Tensor, sizes: Sequence[int], heads: int, laid: int) -> Sequence[Tensor | tuple[Tensor, ...]]:
+    """What `_Spread` made -> queries, keys and values of each bucket; (3, ...) in one where all have as many heads."""
+    M = sum(sizes)
+    if laid == heads:
+        each = spread.view(3, M * heads, -1)
+        return torch.split_with_sizes(each, [n * heads for n in sizes], 1) if len(sizes) > 1 else [each]
+    three = torch.split_with_sizes(spread, [M * heads, M * laid, M * laid])
+    split = [torch.split_with_sizes(x, [m * n for m in sizes]) for x, n in zip(three, (heads, laid, laid), strict=True)]
+    return list(zip(*split, strict=True))
 
 
 def _few(dtype: torch.dtype, scores: int) -> bool:

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fedloom.data.batches import ClientRows, Kind, Targets
 from fedloom.models.families import family_of, first_position
-from fedloom.train.kernels import packing
+from fedloom.train.kernels import grouped_matmul, packing, varlen_attention
 from fedloom.train.kernels.lora_linear import FusedLayers
 from fedloom.train.kernels.packed_attention import PACKED, register
 
@@ -26,6 +26,7 @@ class Packer:
         self._causal = causal
         self._layers = layers
         self._position = first_position(model)
+        self._head = varlen_attention.head_size(model)
         register()
         self._hooks: list[RemovableHandle] = []
         self._clients = 1  # K of the last batch
@@ -52,7 +53,13 @@ class Packer:
         self, parts: Sequence[ClientRows], targets: Targets, device: torch.device, dtype: torch.dtype | None
     ) -> tuple[dict[str, object], Tensor]:
         """The model's arguments, and the index (M,) among all tokens of each that predicts a target."""
-        packed = packing.pack_rows(parts, self._causal, packing.compiles(device, dtype))
+        packed = packing.pack_rows(
+            parts,
+            self._causal,
+            packing.compiles(device, dtype),
+            self._layers.aligned and grouped_matmul.suits(device, dtype),
+            varlen_attention.suits(device, dtype, self._head),
+        )
         read = packed.first[targets.row] + targets.position
         packed = packed.to(device)
         self._layers.step.segments = packed.segments
@@ -89,8 +96,7 @@ def readers(model: nn.Module, kind: Kind) -> list[str] | None:
     if family is None or kind not in family.packs:
         return None
     if kind == "causal-lm":
-        windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-        return None if windowed else []
+        return []
     last = getattr(config, "num_hidden_layers", 0) - 1
     names = [name for name, _ in model.named_modules()]
     found = []

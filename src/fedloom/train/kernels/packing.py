@@ -5,6 +5,8 @@
                                   ├ adapters: tokens ──► (K, T), T the most tokens of a client ──► tokens
                                   └ attention: tokens ──► buckets of rows of about one length (R, L') ──► tokens
 
+Kernels of a GPU need neither of the two: they are told where clients (`Groups`) and rows (`Rows`) end.
+
 Tokens of a row meet only in attention, so nothing else needs them padded. Attention pads its rows to a multiple of 16:
 a softmax over a shorter remainder runs one number at a time (twelve times slower on a CPU with AVX-512).
 
@@ -25,7 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.data.batches import ClientRows, spans
+from fedloom.train.kernels.grouped_matmul import Groups
 from fedloom.train.kernels.lora_matmul import Segments
+from fedloom.train.kernels.varlen_attention import Rows, rows_of
 
 P = ParamSpec("P")
 
@@ -76,19 +80,21 @@ class Packing:
     """(1, N) int64."""
     first: Tensor
     """(K * b,) int64: index into N of the first token of each row; of a row that a client lacks, its client's first."""
-    segments: Segments | None
+    segments: Segments | Groups | None
     """Where the clients' tokens are; None if all of N are, equally many of each."""
     buckets: Sequence[Bucket]
+    """None where `rows` say where rows are."""
     causal: bool
     idle: int = 0
     """How many padding tokens there are."""
+    rows: Rows | None = None
     _made: dict[object, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Packing:
         """The same packing on a device."""
         if device == self.first.device:
             return self
-        segments = self.segments
+        segments, rows = self.segments, self.rows
         return replace(
             self,
             input_ids=self.input_ids.to(device),
@@ -97,6 +103,7 @@ class Packing:
             first=self.first.to(device),
             segments=None if segments is None else segments.to(device),
             buckets=[Bucket(x.spread.to(device), x.valid.to(device), x.real) for x in self.buckets],
+            rows=None if rows is None else Rows(rows.starts.to(device), rows.most),
             _made={},
         )
 
@@ -110,11 +117,13 @@ class Packing:
         return torch.cat([(x.spread.unsqueeze(1) * (heads // shared) + head).flatten() for x in self.buckets])
 
     @_once
-    def spread_index(self, heads: int, shared: int) -> Tensor:
-        """(3 * M,): the same for N * heads vectors of queries, N * heads / shared of keys and as many of values, end to end."""
-        queries, keys = self.row_index(heads, 1), self.row_index(heads, shared)
-        first = self.input_ids.shape[1] * heads
-        return torch.cat([queries, keys + first, keys + first + first // shared])
+    def spread_index(self, heads: int, own: int, repeated: bool) -> Tensor:
+        """(M + 2 M',): the same for N * heads vectors of queries, N * own of keys and as many of values, end to end. Keys and
+        values are `repeated` for every head of queries, or not."""
+        queries = self.row_index(heads, 1)
+        keys = self.row_index(heads, heads // own) if repeated else self.row_index(own, 1)
+        N = self.input_ids.shape[1]
+        return torch.cat([queries, keys + N * heads, keys + N * (heads + own)])
 
     @_once
     def collect_index(self, heads: int) -> Tensor:
@@ -126,10 +135,11 @@ class Packing:
         return back.index_copy_(0, source[there], there)
 
     @_once
-    def back_index(self, heads: int) -> Tensor:
-        """(3 * N * heads,): the way back from `spread_index`, N * heads vectors each of queries, keys and values."""
-        collect, M = self.collect_index(heads), len(self.row_index(heads, 1))
-        return torch.cat([collect, collect + M, collect + 2 * M])
+    def back_index(self, heads: int, laid: int) -> Tensor:
+        """(N * (heads + 2 laid),): the way back from `spread_index` of so many heads of queries, and of keys and values."""
+        queries, keys = self.collect_index(heads), self.collect_index(laid)
+        M, own = len(self.row_index(heads, 1)), len(self.row_index(laid, 1))
+        return torch.cat([queries, keys + M, keys + M + own])
 
     @_once
     def padding_index(self, heads: int) -> Tensor:
@@ -137,23 +147,34 @@ class Packing:
         return torch.from_numpy(np.flatnonzero(~self._real(heads))).to(self.first.device)
 
     @_once
-    def mask(self, i: int, heads: int, dtype: torch.dtype) -> Tensor:
+    def mask(self, i: int, heads: int, dtype: torch.dtype, window: int | None = None) -> Tensor:
         """What is added to the scores of bucket i: 0 or -inf, (R * heads, 1, L'), or (L', L') if causal."""
+        allowed = self.seen(i, window)
+        allowed = allowed if self.causal else allowed.flatten(0, 1).repeat_interleave(heads, 0)
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
+
+    @_once
+    def seen(self, i: int, window: int | None = None) -> Tensor:
+        """Whether a token of bucket i sees another, (R, 1, 1, L'), or (L', L') if causal: then `window` tokens at most, itself
+        the last of them."""
         valid = self.buckets[i].valid
-        L = valid.shape[1]
-        allowed = valid.new_ones(L, L).tril() if self.causal else valid.repeat_interleave(heads, 0).unsqueeze(1)
-        return torch.zeros(allowed.shape, dtype=dtype, device=valid.device).masked_fill_(~allowed, -torch.inf)
+        if not self.causal:
+            return valid[:, None, None, :]
+        before = valid.new_ones(valid.shape[1], valid.shape[1]).tril()
+        return before if window is None else before.triu(1 - window)
 
     def _real(self, heads: int) -> NDArray[np.bool_]:
         """(M,): which of the buckets' vectors are tokens."""
         return np.concatenate([np.repeat(x.real[:, None], heads, 1).ravel() for x in self.buckets])
 
 
-def pack_rows(parts: Sequence[ClientRows], causal: bool, few_shapes: bool = False) -> Packing:
+def pack_rows(
+    parts: Sequence[ClientRows], causal: bool, few_shapes: bool = False, grouped: bool = False, varlen: bool = False
+) -> Packing:
     """The packing of some rows of each client, on the CPU, straight from where they are stored.
 
-    With `few_shapes`, sizes are rounded up to at most sixteen between a power of two and the next. NumPy makes it: these are
-    some fifty calls on very few numbers.
+    With `few_shapes`, sizes are rounded up to at most sixteen between a power of two and the next. `grouped` and `varlen` say
+    where clients and rows end, for kernels that need no more. NumPy makes it: these are some fifty calls on very few numbers.
     """
     K, b = len(parts), max(len(rows) for _, rows in parts)
     by_client = np.zeros((K, b), np.int64)
@@ -184,10 +205,11 @@ def pack_rows(parts: Sequence[ClientRows], causal: bool, few_shapes: bool = Fals
         position_ids=tokens([spans(np.zeros_like(lengths), lengths)]),
         token_type_ids=types,
         first=torch.from_numpy(first),
-        segments=_segments(counts, idle, few_shapes),
-        buckets=[_bucket(rows, L, first, lengths, few_shapes) for rows, L in _by_length(lengths)],
+        segments=segments_of(counts, idle, few_shapes, grouped),
+        buckets=[] if varlen else [_bucket(rows, L, first, lengths, few_shapes) for rows, L in _by_length(lengths)],
         causal=causal,
         idle=idle,
+        rows=rows_of(lengths, idle, few_shapes) if varlen else None,
     )
 
 
@@ -229,11 +251,15 @@ def _bucket(rows: list[int], L: int, first: NDArray[np.int64], lengths: NDArray[
     return Bucket(torch.from_numpy(spread), torch.from_numpy(valid), real)
 
 
-def _segments(counts: NDArray[np.int64], idle: int, few_shapes: bool) -> Segments | None:
+def segments_of(counts: NDArray[np.int64], idle: int, few_shapes: bool, grouped: bool) -> Segments | Groups | None:
     """From the numbers of tokens (K,) of each client, and of padding tokens after them all."""
     if len(counts) == 1:
         return None  # padding tokens may as well be the only client's: their gradient is zero
     T = int(counts.max())
+    if grouped and (idle or T * len(counts) > counts.sum()):
+        ends = counts.cumsum()
+        ends[-1] += idle
+        return Groups(torch.from_numpy(ends.astype(np.int32)))
     if few_shapes:
         T = _rounded(T, _ALIGN)
     there = np.arange(T) < counts[:, None]  # (K, T)
