@@ -15,6 +15,7 @@ from fedloom.errors import RunError
 from fedloom.runs import memory
 from fedloom.runs.config import EngineSection, parse
 from fedloom.runs.flower_node import agreement, differences
+from fedloom.runs.inversion import tokens_found
 
 from .test_resume import unfinished
 from .test_run import assert_peft_agrees, made
@@ -82,3 +83,11 @@ def test_what_training_and_the_frozen_blocks_take(deep_encoder: Path, settings: 
     )
     assert alone > 100 * shared > 0
     assert memory.states_bytes(upper.base.model, torch.bfloat16, 10) == 10 * 16 * 2
+
+
+def test_tokens_are_not_sought_behind_blocks_that_mix_them(deep_encoder: Path, settings: Settings) -> None:
+    config = settings(model={"name": str(deep_encoder)}, lora={"layers": [3]}, method={"name": "fedit"})
+    e = made(config)
+    state = e.initial_state()
+    state["B"] = {site: torch.ones_like(x) for site, x in state["B"].items()}
+    assert "first block has no adapter" in tokens_found(e, state)["tokens"]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedloom.core import State, Visit
 from fedloom.data.tokenize import Encoded
+from fedloom.models.blocks import below
 from fedloom.runs.experiment import Experiment
 from fedloom.train.optim import Settings
 
@@ -38,6 +39,10 @@ def tokens_found(e: Experiment, state: State, client: int = 0) -> dict[str, Any]
         return {"tokens": "A is not trained: this attack has no gradient to read"}
     if not any(bool(x.any()) for x in work.train.get("B", work.fixed.get("B", {})).values()):
         return {"tokens": "B is zero: the gradient of A is too"}
+    if below(e.base.model, e.sites):
+        return {
+            "tokens": "the first block has no adapter: this attack tries tokens one by one, and later blocks mix them"
+        }
     inputs = _FirstInputs(e, state)
     found: dict[str, Any] = {}
     for count in ROWS:
