@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedloom.data.placing import sent
 from fedloom.rng import generator
 
 Kind = Literal["classification", "regression", "causal-lm"]
@@ -122,9 +123,9 @@ class Targets:
     """(M,) int64: the token of that row whose logits predict it; the first for a label of the row."""
     K: int
 
-    def to(self, device: torch.device | str) -> Targets:
+    def to(self, device: torch.device) -> Targets:
         """The same targets on a device."""
-        labels, owner, row, position = (x.to(device) for x in (self.labels, self.owner, self.row, self.position))
+        labels, owner, row, position = (sent(x, device) for x in (self.labels, self.owner, self.row, self.position))
         return Targets(labels, owner, row, position, self.K)
 
 

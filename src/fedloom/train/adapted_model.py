@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +23,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedloom.core import Factors
-from fedloom.data.batches import ClientRows, Encoded, Kind, Targets, collate
+from fedloom.data.batches import ClientRows, Encoded, Kind, Targets, collate, targets
+from fedloom.data.placing import sent
 from fedloom.errors import ModelError
 from fedloom.state import Group
 from fedloom.train import frozen_prefix
@@ -33,6 +35,17 @@ from fedloom.train.kernels.packed_inputs import Packer
 from fedloom.train.lora_linear import Adapter, Dropout, HookedLayers, Layers, Offset, find_heads, find_layers, full
 
 KernelChoice = Literal["auto", "off"]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """A batch of K clients as the model reads it, on its device."""
+
+    parts: Sequence[ClientRows]
+    arguments: Mapping[str, Any]
+    read: Tensor
+    """(M,) which of all tokens predict the targets."""
+    targets: Targets
 
 
 class AdaptedModel:
@@ -184,28 +197,38 @@ class AdaptedModel:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             self._checkpointed.append(block)
 
-    def logits(self, parts: Sequence[ClientRows], targets: Targets) -> Tensor:
-        """The logits (M, classes) or (M, vocabulary) that predict the targets. What the model reads is moved to its device."""
-        kind = parts[0][0].kind
-        arguments: dict[str, Any]
+    def feed(self, parts: Sequence[ClientRows]) -> Feed:
+        """What the model is to read of the rows and what it is to predict, on its device.
+
+        Nothing of the model is touched: another thread may ask for it once the model is ready.
+        """
+        wanted = targets(parts)
+        arguments: dict[str, object]
         if self._packer is None:
             batch = collate(parts)
             arguments = {
-                "input_ids": batch.input_ids.to(self.device),
-                "attention_mask": batch.attention_mask.to(self.device),
+                "input_ids": sent(batch.input_ids, self.device),
+                "attention_mask": sent(batch.attention_mask, self.device),
             }
             if batch.token_type_ids is not None:
-                arguments["token_type_ids"] = batch.token_type_ids.to(self.device)
-            read = targets.row * batch.input_ids.shape[1] + targets.position
+                arguments["token_type_ids"] = sent(batch.token_type_ids, self.device)
+            read = sent(wanted.row * batch.input_ids.shape[1] + wanted.position, self.device)
         else:
-            arguments, read = self._packer(parts, targets, self.device, self._cast_to)
+            arguments, read = self._packer.feed(parts, wanted, self.device, self._cast_to)
         if "use_cache" in self._accepted:
             arguments["use_cache"] = False
-        self._read = read.to(self.device) if kind == "causal-lm" else None
-        made = self._called(parts, arguments).flatten(0, -2)
-        if kind == "causal-lm" or len(made) == len(targets.row):
+        return Feed(parts, arguments, read, wanted.to(self.device))
+
+    def logits(self, feed: Feed) -> Tensor:
+        """The logits (M, classes) or (M, vocabulary) that predict the feed's targets."""
+        causal = feed.parts[0][0].kind == "causal-lm"
+        self._read = feed.read if causal else None
+        if self._packer is not None:
+            self._packer.begin(feed.arguments["packing"], len(feed.parts))
+        made = self._called(feed.parts, feed.arguments).flatten(0, -2)
+        if causal or len(made) == len(feed.targets.row):
             return made
-        return made.index_select(0, targets.row.to(made.device))  # without rows that fill up a client's batch
+        return made.index_select(0, feed.targets.row.to(made.device))  # without rows that fill up a client's batch
 
     def _called(self, parts: Sequence[ClientRows], arguments: Mapping[str, Any]) -> Tensor:
         """The model's logits, from the frozen prefix's states on where there are any."""

@@ -9,7 +9,8 @@ tensor: a finished client stands still and costs nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.core import METRICS, Client, Group, State, Trained, Work, plain
-from fedloom.data.batches import Encoded, targets
+from fedloom.data.batches import Encoded
+from fedloom.data.placing import sent
 from fedloom.errors import MethodError
-from fedloom.train.adapted_model import AdaptedModel
+from fedloom.train.adapted_model import AdaptedModel, Feed
+from fedloom.train.ahead import in_turn
 from fedloom.train.dropout import InputDropout
 from fedloom.train.flat_parameters import AdapterStack, Layout, Views, flatten, pad_stack
 from fedloom.train.loss import client_losses
@@ -45,10 +48,13 @@ class Member:
     gate: GateShape = ()
 
 
-def run(model: AdaptedModel, members: Sequence[Member], settings: Settings, t: int, part: int = 0) -> list[Trained]:
+def run(
+    model: AdaptedModel, members: Sequence[Member], settings: Settings, t: int, part: int = 0, ahead: bool = False
+) -> list[Trained]:
     """Train the members together; what each trained, on the CPU. Members come with most batches first.
 
-    `t` and `part`, the round and the number of the work in its visit, key what is drawn.
+    `t` and `part`, the round and the number of the work in its visit, key what is drawn. Batches are made by a thread one step
+    `ahead`, or each when it is needed: the same ones.
     """
     dtype = state_dtype([m.work for m in members])
     compute = _made_ready(model, members, settings, dtype)
@@ -67,30 +73,30 @@ def run(model: AdaptedModel, members: Sequence[Member], settings: Settings, t: i
     private = None
     if settings.private is not None:
         private = RowGradients(*shared, settings.private, settings.batch_size, t, part)
-    for step in range(len(members[0].plan)):
-        active = [m for m in members if step < len(m.plan)]
-        K = len(active)
-        leaf = flat[:K].detach().requires_grad_()
-        penalties = _penalties(active, layout, leaf, fixed)
-        if private is not None:
-            grad = private(active, step)
-            losses = norms = grad.new_full((K,), math.nan)
-            if penalties:  # of no row: without noise
-                grad += torch.autograd.grad(torch.stack(penalties).sum(), leaf)[0]
-        else:
-            rows = [(m.data, m.plan[step]) for m in active]
-            adapters, views = factors(leaf, compute)
-            model.put(adapters, scale[:K], heads(views, fixed_head, K), _dropout(settings, t, part, step, active))
-            wanted = targets(rows)
-            losses = client_losses(active[0].data.kind, model.logits(rows, wanted), wanted.to(model.device))
-            (grad,) = torch.autograd.grad(torch.stack([losses.sum(), *penalties]).sum(), leaf)
-            norms = clip_(grad, settings.clip)
-        rates = [
-            settings.lr_of(t) * m.work.lr * schedule_factor(settings.schedule, step, len(m.plan), settings.warmup)
-            for m in active
-        ]
-        optimiser.step(grad, torch.tensor(rates, dtype=dtype, device=model.device).unsqueeze(1))
-        record.add(losses.detach(), norms, rates)
+    with _batches(model, members, settings, ahead) as batches:
+        for step in range(len(members[0].plan)):
+            active = [m for m in members if step < len(m.plan)]
+            K = len(active)
+            leaf = flat[:K].detach().requires_grad_()
+            penalties = _penalties(active, layout, leaf, fixed)
+            if private is not None:
+                grad = private(active, step)
+                losses = norms = grad.new_full((K,), math.nan)
+                if penalties:  # of no row: without noise
+                    grad += torch.autograd.grad(torch.stack(penalties).sum(), leaf)[0]
+            else:
+                feed = next(batches)
+                adapters, views = factors(leaf, compute)
+                model.put(adapters, scale[:K], heads(views, fixed_head, K), _dropout(settings, t, part, step, active))
+                losses = client_losses(active[0].data.kind, model.logits(feed), feed.targets)
+                (grad,) = torch.autograd.grad(torch.stack([losses.sum(), *penalties]).sum(), leaf)
+                norms = clip_(grad, settings.clip)
+            rates = [
+                settings.lr_of(t) * m.work.lr * schedule_factor(settings.schedule, step, len(m.plan), settings.warmup)
+                for m in active
+            ]
+            optimiser.step(grad, sent(torch.tensor(rates, dtype=dtype), model.device).unsqueeze(1))
+            record.add(losses.detach(), norms, rates)
     trained = layout.states(layout.views(flat.cpu()), len(members))
     # Clones: a slice of the stack would keep the whole stack alive.
     own_copies: list[State] = [
@@ -109,6 +115,18 @@ def _made_ready(model: AdaptedModel, members: Sequence[Member], settings: Settin
     model.foresee([(m.data, np.concatenate(m.plan)) for m in members if m.plan])
     model.train(settings.base_dropout, settings.checkpointing)
     return compute
+
+
+def _batches(
+    model: AdaptedModel, members: Sequence[Member], settings: Settings, ahead: bool
+) -> AbstractContextManager[Iterator[Feed]]:
+    """The batch of each step. None where rows' gradients are taken apart: they make batches of their own."""
+    steps = 0 if settings.private is not None else len(members[0].plan)
+
+    def batch(step: int) -> Feed:
+        return model.feed([(m.data, m.plan[step]) for m in members if step < len(m.plan)])
+
+    return in_turn(batch, steps, model.device, ahead)
 
 
 def _penalties(active: Sequence[Member], layout: Layout, leaf: Tensor, fixed: Sequence[State]) -> list[Tensor]:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.core import Client, Group, State, Trained, Work
-from fedloom.data.batches import targets
 from fedloom.privacy.accountant import Release
 from fedloom.privacy.example_level import Private, clipped_sum, sampling_rate
 from fedloom.privacy.noise import digest
@@ -100,8 +99,8 @@ class RowGradients:
         head |= {site: x for (role, site), x in views.items() if role == "head"}
         self.model.put(factors, self.scale[at], head)
         parts = [(active[k].data, rows[i : i + 1]) for i, k in enumerate(owner)]
-        wanted = targets(parts)
-        losses = client_losses(parts[0][0].kind, self.model.logits(parts, wanted), wanted.to(self.model.device))
+        feed = self.model.feed(parts)
+        losses = client_losses(parts[0][0].kind, self.model.logits(feed), feed.targets)
         (grads,) = torch.autograd.grad(losses.sum(), leaf)
         return grads
 

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedloom.core import Client, Trained, Work
-from fedloom.data.batches import Encoded, schedule, targets
+from fedloom.data.batches import Encoded, schedule
 from fedloom.rng import seed_of
 from fedloom.train import local_steps, private_steps
-from fedloom.train.adapted_model import AdaptedModel, KernelChoice
+from fedloom.train.adapted_model import AdaptedModel, Feed, KernelChoice
+from fedloom.train.ahead import in_turn
 from fedloom.train.attention import AttentionName
 from fedloom.train.flat_parameters import AdapterStack, flatten
 from fedloom.train.frozen_prefix import DEFAULT_BYTES, Told
@@ -70,16 +71,19 @@ class Trainer:
         attention: AttentionName | Literal["auto"] = "auto",
         kernels: KernelChoice = "auto",
         prefix_bytes: int = DEFAULT_BYTES,
+        ahead: bool | None = None,
     ) -> None:
         """`sites` are the layers that get an adapter, `heads` those trained whole, both names of modules.
 
         `dtype` is that of the frozen base. What is trained is float32 always, or float64 where a state is, and then
         everything computes in float64. `kernels` chooses hand-written kernels where they compute the same as the readable
-        path, or never. What frozen blocks below all sites make of the rows takes `prefix_bytes` at most. Raises ModelError
+        path, or never. What frozen blocks below all sites make of the rows takes `prefix_bytes` at most. With
+        `ahead`, by default on a GPU alone, a thread makes the next batch while the device works. Raises ModelError
         for a name that is no linear layer, or a model that cannot recompute activations.
         """
         self.settings = settings if settings is not None else Settings()
         self._model = AdaptedModel(model, sites, heads, torch.device(device), dtype, attention, kernels, prefix_bytes)
+        self._ahead = self._model.device.type == "cuda" if ahead is None else ahead
         if self.settings.checkpointing:
             self._model.blocks()
 
@@ -133,7 +137,7 @@ class Trainer:
                 key = (*(m.client.id for m in members), *((part,) if part else ()))
                 torch.manual_seed(seed_of(self.settings.seed, t, *key, "base dropout"))
             try:
-                return local_steps.run(self._model, members, self.settings, t, part)
+                return local_steps.run(self._model, members, self.settings, t, part, self._ahead)
             finally:
                 self._model.rest()
 
@@ -160,14 +164,18 @@ class Trainer:
         orders = [np.argsort(rows.lengths, kind="stable") for rows in data]
         told: list[Tensor] = []
         found: list[Tensor] = []
+
+        def batch(i: int) -> Feed:
+            rows = slice(i * size, (i + 1) * size)
+            return self._model.feed([(each, order[rows]) for each, order in zip(data, orders, strict=True)])
+
+        batches = in_turn(batch, -(-max(map(len, orders)) // size), self._model.device, self._ahead)
         # No inference mode: a cast made in it could not be trained on. Nothing waits for the device but its end.
-        with torch.no_grad(), Loaded(self._model, works, data, pack=True):
+        with torch.no_grad(), Loaded(self._model, works, data, pack=True), batches as coming:
             self._model.foresee(list(zip(data, orders, strict=True)))
-            for first in range(0, max(map(len, orders)), size):
-                parts = [(rows, order[first : first + size]) for rows, order in zip(data, orders, strict=True)]
-                wanted = targets(parts)
-                logits = self._model.logits(parts, wanted)
-                told.append(torch.stack(summed_losses(data[0].kind, logits, wanted.to(self._model.device)), 1))
+            for feed in coming:
+                logits = self._model.logits(feed)
+                told.append(torch.stack(summed_losses(data[0].kind, logits, feed.targets), 1))
                 if data[0].kind != "causal-lm":
                     found.append(logits.to(torch.promote_types(logits.dtype, torch.float32)))
         sums = torch.stack(told).sum(0).tolist() if told else [(0.0, 0.0)] * len(works)
@@ -186,10 +194,10 @@ class Trainer:
             self._model.foresee([(data, rows)])
             for first in range(0, len(rows), size):
                 chosen = rows[first : first + size]
-                wanted = targets([(data, chosen)])
-                logits = self._model.logits([(data, chosen)], wanted)
-                each = cross_entropy(logits, wanted.labels.to(logits.device)).double().cpu()
-                found[chosen] = -torch.zeros(len(chosen), dtype=each.dtype).index_add_(0, wanted.row, each).numpy()
+                feed = self._model.feed([(data, chosen)])
+                each = cross_entropy(self._model.logits(feed), feed.targets.labels).double().cpu()
+                sums = torch.zeros(len(chosen), dtype=each.dtype).index_add_(0, feed.targets.row.cpu(), each)
+                found[chosen] = -sums.numpy()
         return found
 
     def generate(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedloom.data.placing import sent
 from fedloom.train.kernels.lora_matmul import Frozen
 from fedloom.train.lora_linear import Adapter
 
@@ -34,7 +35,7 @@ class Groups:
 
     def to(self, device: torch.device) -> Groups:
         """The same places on a device."""
-        return Groups(self.ends.to(device))
+        return Groups(sent(self.ends, device))
 
 
 def suits(device: torch.device, dtype: torch.dtype | None) -> bool:

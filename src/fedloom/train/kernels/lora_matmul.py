@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedloom.data.placing import sent
 from fedloom.train.lora_linear import Adapter, Offset
 
 
@@ -37,7 +38,7 @@ class Segments:
 
     def to(self, device: torch.device) -> Segments:
         """The same places on a device."""
-        return Segments(self.spread.to(device), self.padding.to(device), self.collect.to(device))
+        return Segments(sent(self.spread, device), sent(self.padding, device), sent(self.collect, device))
 
     def rows(self, x: Tensor, K: int) -> Tensor:
         """(1, N, d) -> (K, T, d) with zeros for padding."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fedloom.data.batches import ClientRows, Kind, Targets
+from fedloom.data.placing import sent
 from fedloom.models.families import family_of, first_position
 from fedloom.train.kernels import grouped_matmul, packing, varlen_attention
 from fedloom.train.kernels.lora_linear import FusedLayers
@@ -49,10 +51,13 @@ class Packer:
             self._hooks.pop().remove()
         self._first = None
 
-    def __call__(
+    def feed(
         self, parts: Sequence[ClientRows], targets: Targets, device: torch.device, dtype: torch.dtype | None
     ) -> tuple[dict[str, object], Tensor]:
-        """The model's arguments, and the index (M,) among all tokens of each that predicts a target."""
+        """The model's arguments, and the index (M,) among all tokens of each that predicts a target; all on the device.
+
+        Nothing of the model is touched: another thread may ask for it.
+        """
         packed = packing.pack_rows(
             parts,
             self._causal,
@@ -61,18 +66,22 @@ class Packer:
             varlen_attention.suits(device, dtype, self._head),
         )
         read = packed.first[targets.row] + targets.position
-        packed = packed.to(device)
-        self._layers.step.segments = packed.segments
-        self._clients, self._first = len(parts), packed.first
+        packed = replace(packed, position_ids=packed.position_ids + self._position).to(device)
         arguments: dict[str, object] = {
             "input_ids": packed.input_ids,
             "attention_mask": torch.ones_like(packed.input_ids),
-            "position_ids": packed.position_ids + self._position,
+            "position_ids": packed.position_ids,
             "packing": packed,
         }
         if packed.token_type_ids is not None:
             arguments["token_type_ids"] = packed.token_type_ids
-        return arguments, read
+        return arguments, sent(read, device)
+
+    def begin(self, packed: object, K: int) -> None:
+        """Have the model's layers know the packing of K clients that it is called on next."""
+        assert isinstance(packed, packing.Packing)
+        self._layers.step.segments = packed.segments
+        self._clients, self._first = K, packed.first
 
     def _first_by_client(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """(1, N, H) -> (K, b, H), so that adapters after it find the rows of their clients."""

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.data.batches import ClientRows, spans
+from fedloom.data.placing import sent
 from fedloom.train.kernels.grouped_matmul import Groups
 from fedloom.train.kernels.lora_matmul import Segments
 from fedloom.train.kernels.varlen_attention import Rows, rows_of
@@ -97,13 +98,13 @@ class Packing:
         segments, rows = self.segments, self.rows
         return replace(
             self,
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            token_type_ids=None if self.token_type_ids is None else self.token_type_ids.to(device),
-            first=self.first.to(device),
+            input_ids=sent(self.input_ids, device),
+            position_ids=sent(self.position_ids, device),
+            token_type_ids=None if self.token_type_ids is None else sent(self.token_type_ids, device),
+            first=sent(self.first, device),
             segments=None if segments is None else segments.to(device),
-            buckets=[Bucket(x.spread.to(device), x.valid.to(device), x.real) for x in self.buckets],
-            rows=None if rows is None else Rows(rows.starts.to(device), rows.most),
+            buckets=[Bucket(sent(x.spread, device), sent(x.valid, device), x.real) for x in self.buckets],
+            rows=None if rows is None else Rows(sent(rows.starts, device), rows.most),
             _made={},
         )
 
@@ -129,7 +130,7 @@ class Packing:
     def collect_index(self, heads: int) -> Tensor:
         """(N * heads,): the way back from `row_index`, index into the buckets' M vectors."""
         source = self.row_index(heads, 1)
-        there = torch.from_numpy(np.flatnonzero(self._real(heads))).to(source.device)
+        there = sent(torch.from_numpy(np.flatnonzero(self._real(heads))), source.device)
         # A padding token reads the first vector.
         back = torch.zeros(self.input_ids.shape[1] * heads, dtype=torch.int64, device=source.device)
         return back.index_copy_(0, source[there], there)
@@ -144,7 +145,7 @@ class Packing:
     @_once
     def padding_index(self, heads: int) -> Tensor:
         """(P,): those of the buckets' vectors that are padding."""
-        return torch.from_numpy(np.flatnonzero(~self._real(heads))).to(self.first.device)
+        return sent(torch.from_numpy(np.flatnonzero(~self._real(heads))), self.first.device)
 
     @_once
     def mask(self, i: int, heads: int, dtype: torch.dtype, window: int | None = None) -> Tensor:
