@@ -16,6 +16,7 @@ from fedloom.data.batches import Kind as Kind
 from fedloom.errors import ModelError
 from fedloom.models import quantised, weights
 from fedloom.models.quantised import Quantization as Quantization
+from fedloom.models.reading import check_declared, reading
 from fedloom.models.source import fetch, quiet
 from fedloom.models.source import resolve as resolve
 from fedloom.models.targets import all_linear as all_linear
@@ -80,22 +81,25 @@ def load_base(
 
         path = str(source.directory)
         torch.manual_seed(seed_of(seed, "load"))
-        config = transformers.AutoConfig.from_pretrained(path)
+        check_declared(source.directory, name)
+        with reading("configuration", name):
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         _check_architecture(config, name, kind)
         coded = _coded(name, config, quantization, split)
         # Layers are coded on their way to the device, which need not hold the dense model.
         options = _options(kind, num_labels, dtype, "cpu" if quantization else device, split, attention)
         weights.weight_files(source.directory)
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
-        model, info = _loaded(kind, path, options, name, coded)
+        with reading("tokenizer", name):
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        with reading("configuration or weights", name):
+            model, info = _loaded(kind, path, options, name, coded)
         packed = name in packaged.MODELS and source.name == path
         digest = packaged.weights_sha256(name) if packed else weights.sha256(source.directory)
     quantised.take_over(model)
     head = head_modules(model)
     _check_head(model, head, name)
     _restore_head(model, head, source.directory, dtype)
-    fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    _draw(model, fresh, head, seed, name, kind)
+    _draw(model, set(info["missing_keys"]), info["mismatched_keys"], head, seed, name, kind)
     check_usable(name, model, tokenizer)  # older transformers leave what is missing as memory had it, until it is drawn
     if quantization is not None:
         quantised.quantise(model, quantization, {*head, *_vocabulary(model)}, device)
@@ -120,10 +124,12 @@ def _options(
     kind: Kind, num_labels: int, dtype: torch.dtype, device: torch.device | str, split: bool, attention: str | None
 ) -> dict[str, Any]:
     """Of transformers' `from_pretrained`."""
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    # Of shapes that do not fit, `_draw` says which; code of the model's author is not even asked for.
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options["trust_remote_code"] = False
     if kind != "causal-lm":
         problem = "regression" if kind == "regression" else "single_label_classification"
-        options |= {"num_labels": num_labels, "problem_type": problem, "ignore_mismatched_sizes": True}
+        options |= {"num_labels": num_labels, "problem_type": problem}
     if split:
         options["device_map"] = "auto"
     elif torch.device(device).type != "cpu":
@@ -250,13 +256,30 @@ def _check_architecture(config: Any, name: str, kind: Kind) -> None:
         )
 
 
-def _draw(model: nn.Module, fresh: set[str], head: Sequence[str], seed: int, name: str, kind: Kind) -> None:
+def _draw(
+    model: nn.Module,
+    missing: set[str],
+    mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]],
+    head: Sequence[str],
+    seed: int,
+    name: str,
+    kind: Kind,
+) -> None:
     """Draw the parameters that the checkpoint does not have, in float32, each from the seed and its own name.
+
+    `mismatched` are those that it has in another shape, as (name, its shape, the model's).
 
     Only a task head and a pooler in front of it may be missing: a base with random layers must not pass for a pretrained one.
     """
     allowed = {f"{module}.{leaf}" for module in head for leaf in ("weight", "bias")}
-    wrong = sorted(key for key in fresh if key not in allowed and "pooler" not in key.split("."))
+    for key, found, expected in sorted(mismatched):
+        if key not in allowed:
+            raise ModelError(
+                f"the weights of model {name!r} do not fit its config.json: {key!r} is {list(found)}, expected "
+                f"{list(expected)}. Get the model's files again, all of one version"
+            )
+        missing = missing | {key}
+    wrong = sorted(key for key in missing if key not in allowed and "pooler" not in key.split("."))
     if wrong:
         task = "a causal LM" if kind == "causal-lm" else f"a base for {kind}"
         raise ModelError(
@@ -266,7 +289,7 @@ def _draw(model: nn.Module, fresh: set[str], head: Sequence[str], seed: int, nam
     std = float(getattr(model.config, "initializer_range", 0.02))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for key in sorted(fresh):
+        for key in sorted(missing):
             if key.endswith("bias"):
                 parameters[key].zero_()
             else:

@@ -25,7 +25,7 @@ def weight_files(directory: Path) -> list[Path]:
     if (directory / "adapter_config.json").exists():
         raise ModelError(f"{directory} holds an adapter beside its model: merge it, or take adapter_config.json away")
     config = directory / "config.json"
-    named = _json(config).get("transformers_weights") if config.exists() else None
+    named = json_object(config).get("transformers_weights") if config.exists() else None
     if named is not None:
         raise ModelError(f"{directory / 'config.json'} names weights of its own ({shown(named)}): remove the entry")
     first = first_of(name for name in _ORDER if (directory / name).is_file())
@@ -48,14 +48,15 @@ def first_of(names: Iterable[str]) -> str | None:
 
 def indexed(index: Path) -> set[str]:
     """The files that an index names. Raises ModelError if it is no index."""
-    found = _json(index).get("weight_map")
+    found = json_object(index).get("weight_map")
     names = list(found.values()) if isinstance(found, dict) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise ModelError(f"{index} is no index of weights, expected file names in its weight_map")
     return set(names)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """What a file of a model directory says. Raises ModelError if it is no object of JSON."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
