@@ -9,7 +9,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,9 @@ def read(path: Path) -> Dataset:
     if suffix not in SUFFIXES:
         raise DataError(f"{path} is of a type that cannot be read, expected a file that ends in {', '.join(SUFFIXES)}")
     if not path.is_file():
+        if path.exists() or path.is_symlink():
+            what = "no file" if path.exists() else "a link to a file that is not there"
+            raise DataError(f"{path} is {what}, expected one that ends in {', '.join(SUFFIXES)}")
         beside = [x.name for x in path.parent.glob("*")] if path.parent.is_dir() else []
         raise DataError(f"there is no file {path}{nearest(path.name, beside)}: check its path")
     try:
@@ -117,7 +120,7 @@ def _records(path: Path, rows: Iterator[tuple[str, dict[str, Any]]]) -> Dataset:
 
     found = list(rows)
     names = list(dict.fromkeys(name for _, row in found for name in row))
-    _few_columns(path, len(names))
+    _named_apart(path, names)
     columns = {name: [row.get(name) for _, row in found] for name in names}
     try:
         return datasets.Dataset.from_dict(columns)
@@ -127,10 +130,15 @@ def _records(path: Path, rows: Iterator[tuple[str, dict[str, Any]]]) -> Dataset:
         raise DataError(f"{path} cannot be read as a table: {_first_line(error)}") from error
 
 
-def _few_columns(path: Path, count: int) -> None:
+def _named_apart(path: Path, names: Sequence[str]) -> None:
+    if not names:
+        raise DataError(f"{path} has no rows, expected at least one")
     # Tables of datasets take minutes for ten thousand.
-    if count > MOST_COLUMNS:
-        raise DataError(f"{path} has {count} columns, expected at most {MOST_COLUMNS}: keep those of the task")
+    if len(names) > MOST_COLUMNS:
+        raise DataError(f"{path} has {len(names)} columns, expected at most {MOST_COLUMNS}: keep those of the task")
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise DataError(f"{path} has more than one column {shown(twice[0])}: columns need names of their own")
 
 
 def _uniform(name: str, values: list[Any], where: list[str]) -> None:
@@ -158,12 +166,10 @@ def _table(path: Path, text: str, delimiter: str) -> Dataset:
 
     # Python's reader checks the shape, pandas finds the types: pandas alone fills short rows without a word.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    most = csv.field_size_limit(len(text) + 1)  # a document may be longer than Python's 128 KiB
     try:
-        header = next(reader, None) or []
-        _few_columns(path, len(header))
-        twice = sorted(name for name, count in Counter(header).items() if count > 1)
-        if twice:
-            raise DataError(f"{path} has more than one column {shown(twice[0])}: columns need names of their own")
+        header = next((row for row in reader if row), [])
+        _named_apart(path, header)
         for row in reader:
             if row and len(row) != len(header):
                 names = shortened(", ".join(header), 200)
@@ -177,6 +183,8 @@ def _table(path: Path, text: str, delimiter: str) -> Dataset:
         raise
     except (csv.Error, ValueError, TypeError, OverflowError, pa.ArrowException) as error:
         raise DataError(f"{path}, line {reader.line_num} is not a table: {_first_line(error)}") from error
+    finally:
+        csv.field_size_limit(most)
 
 
 def _parquet(path: Path) -> Dataset:
@@ -185,7 +193,10 @@ def _parquet(path: Path) -> Dataset:
     from datasets.table import InMemoryTable
 
     try:
+        _named_apart(path, pq.read_schema(path).names)
         return datasets.Dataset(InMemoryTable(pq.read_table(path)))
+    except DataError:
+        raise
     except OSError as error:  # Arrow's own error for a file that is damaged is one too
         raise DataError(f"{path} is not a Parquet file: {_first_line(error)}") from error
     except Exception as error:  # types and metadata that the readers do not know fail in many ways

@@ -123,7 +123,8 @@ def absolute(config: RunConfig) -> RunConfig:
                 raise ValueError("it has a zero byte")
             return str(Path(name).resolve()) if Path(name).exists() else name
         except (OSError, ValueError) as error:  # longer than a name may be, not to be read, or with a NUL in it
-            raise ConfigError(f"{shown(name)} is no path that can be read: {error}") from None
+            why = getattr(error, "strerror", None) or error  # without the name, which may be long
+            raise ConfigError(f"{shown(name)} is no path that can be read: {why}") from None
 
     values = config.model_dump()
     values["model"]["name"] = resolve(config.model.name)
