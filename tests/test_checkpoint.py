@@ -299,6 +299,18 @@ def test_a_round_writes_what_changed_and_sweeps_what_it_put_in_place_of(tmp_path
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {f"c{k}-000029.safetensors" for k in range(50)}
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_what_an_earlier_process_kept_is_swept_in_its_turn(tmp_path: Path, keep: int) -> None:
+    kept = ClientStates(tmp_path / "kept")
+    for t in range(9):
+        if t in (3, 4):
+            kept = checkpoint.load(tmp_path)[2]
+        kept.put("a", own("a", t), t)
+        checkpoint.save(tmp_path, t, state(t), kept, keep=keep)
+        there = {path.name for path in (tmp_path / "kept").iterdir()}
+        assert there == {f"a-{i:06d}.safetensors" for i in range(max(0, t + 1 - keep), t + 1)}
+
+
 def test_damaged_or_missing_journal(tmp_path: Path) -> None:
     save(tmp_path, 1, ClientStates(tmp_path / "kept"))
     file = tmp_path / "kept-000001.jsonl"

@@ -14,6 +14,7 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,11 @@ class ClientStates:
         assert self.folder is not None
         if not self._looked:
             self._looked, self.bygone = True, []
-            named = {name for meta in metas for name in Journal.read(folder, meta["kept"], "start again")[1].values()}
+            read = ((meta["round"], Journal.read(folder, meta["kept"], "start again")[1]) for meta in metas)
+            kept = sorted((t, set(files.values())) for t, files in read)
+            for (_, before), (t, after) in pairwise(kept):
+                self.bygone += [(t, name) for name in sorted(before - after)]  # of an earlier process
+            named = set().union(*(names for _, names in kept))
             there = [path for path in self.folder.glob("*") if _NAME.fullmatch(path.name) and path.name not in named]
             return [*there, *self.folder.glob("*.new")]
         gone = [name for t, name in self.bygone if t <= oldest]
