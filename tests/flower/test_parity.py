@@ -41,6 +41,9 @@ TALKS = (
     "fedlodrop-over-fslora",
 )
 
+HELD_OUT = ("fedit", "fedsa_lora", "fedlora_optimizer")
+"""Scored on rows of the clients' own: a common model, own models, and such with a personal phase."""
+
 STATELESS = ("ffa_lora", "hetlora", "flexlora", "fedlodrop", "fedlodrop-over-fslora")
 """Their second round sends and does nothing that the first did not: one is enough, and five seconds less."""
 
@@ -66,6 +69,8 @@ def test_the_same_bytes_in_process_and_through_flower(
         train={"rounds": 1 if name in STATELESS else 2, "evaluate_every": 0, "local_steps": 2},
         engine={"cohort": 1},
     )
+    if name in HELD_OUT:
+        values["clients"]["holdout"] = 0.3
     here = runs.start(parse(values, "test"), tmp_path / "here")
     values["engine"]["deadline_s"] = 120.0
     far = runs.start(parse(values, "test"), tmp_path / "far", transport=transport)
@@ -74,7 +79,7 @@ def test_the_same_bytes_in_process_and_through_flower(
     method = build(sections(name)["method"])
     assert len(tensors(tmp_path / "here")) == (4 if method.personal_models or method.personal_phase else 1)
     for ours, theirs in zip(here.rounds, far.rounds, strict=True):
-        for key in ("clients", "dropped", "eval", "bytes_up", "bytes_down", "train_loss", "eval_clients"):
+        for key in ("clients", "dropped", "eval", "bytes_up", "bytes_down", "train_loss", "eval_over", "eval_clients"):
             assert theirs.get(key) == ours.get(key), key
 
 
