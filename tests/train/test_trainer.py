@@ -238,7 +238,7 @@ def test_a_nan_stays_with_its_client(
     works: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fedloom.train.kernels.packing.compiles", lambda *_: few_shapes)
+    monkeypatch.setattr("fedloom.train.kernels.packing.rounds", lambda *_: few_shapes)
     family = build(name)
     clients = works(family, dtype=torch.float32)
     broken = copy.deepcopy(clients)

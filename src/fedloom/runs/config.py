@@ -212,6 +212,8 @@ class TrainSection(Section):
     """Rounds; the last is always evaluated. 0: only the first and the last."""
     base_dropout: bool = False
     """Train with the base's own dropout on: slower, and a client's result then depends on who trains beside it."""
+    deterministic: bool = False
+    """The same bytes at every run on GPUs of one kind too, where that is slower; on a processor they always are the same."""
 
     @model_validator(mode="before")
     @classmethod

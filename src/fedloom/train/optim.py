@@ -47,6 +47,8 @@ class Settings:
     """Train with the base's own dropout on: slower, and a client's result then depends on who trains beside it."""
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
+    deterministic: bool = False
+    """The same bytes at every run on a GPU too, by torch's deterministic algorithms; a processor needs none."""
     private: Private | None = None
     """Rows are protected: batches are Poisson samples, gradients are clipped row by row and noised, and no loss is told."""
 

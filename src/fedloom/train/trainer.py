@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from fedloom.core import Client, Trained, Work
 from fedloom.data.batches import Encoded, schedule
 from fedloom.rng import seed_of
-from fedloom.train import local_steps, private_steps
+from fedloom.train import determinism, local_steps, private_steps
 from fedloom.train.adapted_model import AdaptedModel, Feed, KernelChoice
 from fedloom.train.ahead import in_turn
 from fedloom.train.attention import AttentionName
@@ -82,6 +83,8 @@ class Trainer:
         for a name that is no linear layer, or a model that cannot recompute activations.
         """
         self.settings = settings if settings is not None else Settings()
+        if self.settings.deterministic:
+            determinism.prepare()
         self._model = AdaptedModel(model, sites, heads, torch.device(device), dtype, attention, kernels, prefix_bytes)
         self._ahead = self._model.device.type == "cuda" if ahead is None else ahead
         if self.settings.checkpointing:
@@ -137,9 +140,13 @@ class Trainer:
                 key = (*(m.client.id for m in members), *((part,) if part else ()))
                 torch.manual_seed(seed_of(self.settings.seed, t, *key, "base dropout"))
             try:
-                return local_steps.run(self._model, members, self.settings, t, part, self._ahead)
+                with self._exactly():
+                    return local_steps.run(self._model, members, self.settings, t, part, self._ahead)
             finally:
                 self._model.rest()
+
+    def _exactly(self) -> AbstractContextManager[None]:
+        return determinism.deterministic(self.settings.deterministic)
 
     def evaluate(self, work: Work, data: Encoded, batch_size: int | None = None) -> Evaluation:
         """Loss and predictions, row by row, of the model that `work` describes."""
@@ -171,7 +178,7 @@ class Trainer:
 
         batches = in_turn(batch, -(-max(map(len, orders)) // size), self._model.device, self._ahead)
         # No inference mode: a cast made in it could not be trained on. Nothing waits for the device but its end.
-        with torch.no_grad(), Loaded(self._model, works, data, pack=True), batches as coming:
+        with self._exactly(), torch.no_grad(), Loaded(self._model, works, data, pack=True), batches as coming:
             self._model.foresee(list(zip(data, orders, strict=True)))
             for feed in coming:
                 logits = self._model.logits(feed)
@@ -190,7 +197,7 @@ class Trainer:
         size = batch_size or 8 * self.settings.batch_size
         rows = np.argsort(data.lengths, kind="stable")
         found = np.zeros(len(data))
-        with torch.no_grad(), Loaded(self._model, [work], [data], pack=True):
+        with self._exactly(), torch.no_grad(), Loaded(self._model, [work], [data], pack=True):
             self._model.foresee([(data, rows)])
             for first in range(0, len(rows), size):
                 chosen = rows[first : first + size]
@@ -209,7 +216,7 @@ class Trainer:
         size = batch_size or 8 * self.settings.batch_size
         rows = np.argsort(data.starts, kind="stable")
         answers: dict[int, list[int]] = {}
-        with torch.no_grad(), self.loaded(work, data) as model:
+        with self._exactly(), torch.no_grad(), self.loaded(work, data) as model:
             for first in range(0, len(rows), size):
                 chosen = rows[first : first + size]
                 answers.update(zip(chosen.tolist(), _greedy(model, data, chosen, max_new_tokens), strict=True))

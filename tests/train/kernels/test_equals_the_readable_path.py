@@ -99,7 +99,7 @@ def assert_close(ours: Sequence[Trained], theirs: Sequence[Trained], atol: float
 def test_whatever_the_lengths_of_rows(
     name: str, case: str, few_shapes: bool, build: Any, works: Any, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "compiles", lambda *_: few_shapes)
+    monkeypatch.setattr(packing, "rounds", lambda *_: few_shapes)
     family = build(name)
     clients = works(family, ranks=[2, 4, 3][: len(LENGTHS[case])])
     data = [of_lengths(lengths, family.kind, k) for k, lengths in enumerate(LENGTHS[case])]

@@ -84,7 +84,7 @@ def test_clients_train_as_on_the_readable_path(
     called = []
     real = grouped_matmul.grouped_matmul
     monkeypatch.setattr(grouped_matmul, "suits", lambda *_: True)
-    monkeypatch.setattr("fedloom.train.kernels.packing.compiles", lambda *_: few_shapes)
+    monkeypatch.setattr("fedloom.train.kernels.packing.rounds", lambda *_: few_shapes)
     monkeypatch.setattr(
         "fedloom.train.kernels.lora_linear.grouped_matmul", lambda *given: called.append(1) or real(*given)
     )

@@ -98,7 +98,7 @@ def assert_trains_as_on_the_readable_path(family: Any, works: Any, rows: Any) ->
 def test_a_model_trains_as_on_the_readable_path(
     name: str, few_shapes: bool, stand_in: list[int], build: Any, works: Any, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedloom.train.kernels.packing.compiles", lambda *_: few_shapes)
+    monkeypatch.setattr("fedloom.train.kernels.packing.rounds", lambda *_: few_shapes)
     assert_trains_as_on_the_readable_path(build(name), works, rows)
     assert len(stand_in) == 4  # two layers, two steps
 

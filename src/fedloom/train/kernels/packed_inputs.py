@@ -61,7 +61,7 @@ class Packer:
         packed = packing.pack_rows(
             parts,
             self._causal,
-            packing.compiles(device, dtype),
+            packing.rounds(device, dtype),
             self._layers.aligned and grouped_matmul.suits(device, dtype),
             varlen_attention.suits(device, dtype, self._head),
         )

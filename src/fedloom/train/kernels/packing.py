@@ -10,7 +10,7 @@ Kernels of a GPU need neither of the two: they are told where clients (`Groups`)
 Tokens of a row meet only in attention, so nothing else needs them padded. Attention pads its rows to a multiple of 16:
 a softmax over a shorter remainder runs one number at a time (twelve times slower on a CPU with AVX-512).
 
-A library that compiles a kernel for every new shape (oneDNN, for bfloat16 on a CPU) would hardly see one twice. For it, sizes
+What is made anew for every shape (oneDNN's kernels for bfloat16 on a CPU) would hardly see one twice. There, sizes
 are rounded up to a few, by padding tokens after all others and padding rows in a bucket: no client's result depends on them.
 """
 
@@ -38,6 +38,9 @@ _ALIGN = 16
 
 _TOKENS = 4
 """What the number of packed tokens is rounded up to at least: a padding token costs what a real one does."""
+
+_TILE = 64
+"""The same where attention is one kernel, on a GPU: its products go by tiles, and a tile in part costs a whole one."""
 
 _BUCKET = 4096
 """Padded scores per head that a bucket of its own must save: it costs some twenty calls in every layer."""
@@ -185,7 +188,7 @@ def pack_rows(
     # A row that a client lacks reads its client's first token, for nothing: one of another client could bring in its NaN.
     first = np.where(lengths > 0, lengths.cumsum() - lengths, (counts.cumsum() - counts).repeat(b))
     N = int(counts.sum())
-    idle = _rounded(N, _TOKENS) - N if few_shapes else 0
+    idle = _rounded(N, _TILE if varlen else _TOKENS) - N if few_shapes else 0
     where = [spans(data.offsets[rows], data.lengths_of(rows)) for data, rows in parts]
 
     def tokens(each: Sequence[NDArray[Any]]) -> Tensor:
@@ -273,10 +276,11 @@ def segments_of(counts: NDArray[np.int64], idle: int, few_shapes: bool, grouped:
     return Segments(torch.from_numpy(spread), torch.from_numpy(np.flatnonzero(~there)), torch.from_numpy(collect))
 
 
-def compiles(device: torch.device, dtype: torch.dtype | None) -> bool:
-    """Whether products are compiled anew for every shape.
+def rounds(device: torch.device, dtype: torch.dtype | None) -> bool:
+    """Whether sizes are rounded up to a few.
 
-    torch's bfloat16 on a CPU is oneDNN's. With a new number of tokens in every step, a step of one client of MiniLM took three
-    times as long, and a run over 1,000 clients grew by 480 MiB of compiled code.
+    torch's bfloat16 on a CPU is oneDNN's, which compiles a product for every shape. With a new number of tokens in every step,
+    a step of one client of MiniLM took three times as long, and a run over 1,000 clients grew by 480 MiB of compiled code. On
+    CUDA memory is kept by size, and whatever captures or compiles a step finds its shapes again: not measured.
     """
-    return device.type == "cpu" and dtype == torch.bfloat16
+    return device.type == "cuda" or (device.type == "cpu" and dtype == torch.bfloat16)
