@@ -17,7 +17,7 @@ from fedloom import lora
 from fedloom.core import Client, State, Work
 from fedloom.data.batches import Encoded, Kind, collate
 from fedloom.errors import ModelError
-from fedloom.models import peft, quantised
+from fedloom.models import code_cache, peft, quantised
 from fedloom.models.huggingface import adopt, default_targets, find_sites, load_base
 from fedloom.models.quantised import Quantization
 from fedloom.rng import generator
@@ -265,3 +265,66 @@ def test_layers_of_other_libraries_are_adapted_on_the_readable_path() -> None:
     assert made[0].loss == pytest.approx(made[1].loss, rel=1e-5)
     with pytest.raises(ModelError, match="a layer is a Tenths, whose codes fedloom cannot make dense"):
         quantised.dense(model.get_submodule("model.layers.0.self_attn.v_proj"))
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_codes_are_made_once(
+    how: Quantization, family: str, saved: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second start reads the same codes, and no dense weight of a coded layer; a damaged file is made anew."""
+    monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path / "cache"))
+    source, told = saved(family), list[str]()
+    kind: Kind = "classification" if family == "bert" else "causal-lm"
+
+    def start() -> Any:
+        return load_base(source, kind=kind, num_labels=3, quantization=how, on_status=told.append)
+
+    def dense(base: Any) -> dict[str, torch.Tensor]:
+        layers = quantised.quantised(base.model)
+        return {name: layer.dense(torch.float32).clone() for name, layer in layers.items()}
+
+    first = start()
+    wanted, coding = dense(first), f"coding the base in {how} (kept for the next start)"
+    assert len(wanted) > 5 and told.count(coding) == 1
+    (file,) = (tmp_path / "cache" / "codes").glob("*.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(quantised, "_nf4", None)
+        patch.setattr(quantised, "_int8", None)
+        second = start()
+    assert second.sha256 == first.sha256 and told.count(coding) == 1
+    for name, layer in quantised.quantised(second.model).items():
+        one = quantised.quantised(first.model)[name]
+        assert torch.equal(layer.weight, one.weight) and layer.codes.tensors().keys() == one.codes.tensors().keys()
+        assert all(torch.equal(x, one.codes.tensors()[part]) for part, x in layer.codes.tensors().items())
+    assert all(torch.equal(x, wanted[name]) for name, x in dense(second).items())
+    assert quantised.bytes_of(second.model, torch.float32) == quantised.bytes_of(first.model, torch.float32)
+    del second, layer
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 1
+    file.write_bytes(data)
+    assert all(torch.equal(x, wanted[name]) for name, x in dense(start()).items())
+    assert told.count(coding) == 2
+    assert [path.suffix for path in sorted((tmp_path / "cache" / "codes").iterdir())] == [".safetensors", ".sha256"]
+
+
+def test_codes_of_other_weights_kinds_and_dtypes_are_other_files(saved: Callable[[str], str], tmp_path: Path) -> None:
+    places = {
+        code_cache.place(sha, how, dtype, device, keep)
+        for sha in "ab"
+        for how in HOW
+        for dtype in (torch.float32, torch.bfloat16)
+        for device in ("cpu", "cuda:0")
+        for keep in ([], ["head"])
+    }
+    assert len(places) == 2 * 3 * 2 * 2 * 2
+    assert code_cache.place("a", "nf4", torch.float32, "cuda:1", []) in places
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    saved: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path / "cache"))
+    base = load_base(saved("llama"), kind="causal-lm", quantization="nf4")
+    assert quantised.quantised(base.model)

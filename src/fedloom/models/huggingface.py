@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from fedloom.data import hub, packaged
 from fedloom.data.batches import Kind as Kind
 from fedloom.errors import ModelError
-from fedloom.models import quantised, weights
+from fedloom.models import code_cache, quantised, weights
 from fedloom.models.quantised import Quantization as Quantization
 from fedloom.models.reading import check_declared, reading
 from fedloom.models.source import fetch, quiet
@@ -100,9 +101,13 @@ def load_base(
     _check_head(model, head, name)
     _restore_head(model, head, source.directory, dtype)
     _draw(model, set(info["missing_keys"]), info["mismatched_keys"], head, seed, name, kind)
-    check_usable(name, model, tokenizer)  # older transformers leave what is missing as memory had it, until it is drawn
-    if quantization is not None:
-        quantised.quantise(model, quantization, {*head, *_vocabulary(model)}, device)
+    check = partial(check_usable, name, model, tokenizer)
+    if quantization is None:
+        check()  # older transformers leave what is missing as memory had it, until it is drawn
+    else:
+        keep = {*head, *_vocabulary(model)}
+        file = code_cache.place(digest, quantization, dtype, device, keep)
+        code_cache.quantise(model, quantization, keep, device, file, check, on_status)
         digest = hashlib.sha256(f"{digest} {quantised.settings(quantization)}".encode()).hexdigest()
     made = _frozen(model, tokenizer, source.name, digest, dtype)
     return replace(made, quantization=quantization or coded, revision=source.revision)

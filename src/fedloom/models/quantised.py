@@ -10,7 +10,7 @@ costs ten times as much as the arithmetic that fills it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
@@ -24,6 +24,9 @@ Quantization = Literal["nf4", "nf4-double", "int8"]
 
 _BLOCK = 64
 """Weights that share a scale in NF4."""
+
+_BLOCK_OF_SCALES = 256
+"""Scales that share one, where they are coded too."""
 
 _CHUNK = 1 << 20
 """Weights that are coded or decoded at a time: what is made of them stays in a processor's cache."""
@@ -57,6 +60,34 @@ class Codes(Protocol):
     def kept(self) -> list[Tensor]:
         """All tensors besides the codes themselves."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that `codes` makes this from."""
+
+
+Coded = tuple[Tensor, Codes]
+"""The packed codes of a layer, and how they are read."""
+
+
+def codes(tensors: Mapping[str, Tensor]) -> Codes:
+    """Inverse of `Codes.tensors`. Raises KeyError if one is missing."""
+    if "scale" in tensors:
+        return EightBit(tensors["scale"])
+    bnb, second = bitsandbytes(), None
+    if "absmax2" in tensors:
+        second = bnb.QuantState(
+            tensors["absmax2"], code=tensors["code2"], blocksize=_BLOCK_OF_SCALES, dtype=torch.float32
+        )
+    return FourBit(
+        bnb.QuantState(
+            tensors["absmax"],
+            code=tensors["code"],
+            blocksize=_BLOCK,
+            quant_type="nf4",
+            offset=tensors["offset"] if second is not None else None,
+            state2=second,
+        )
+    )
+
 
 class FourBit:
     """Two codes a byte, a scale for every block of the flattened weight, which may be coded itself."""
@@ -70,6 +101,11 @@ class FourBit:
 
     def kept(self) -> list[Tensor]:
         return [*self.scales(), *([self.state.absmax] if self.state.nested else [])]
+
+    def tensors(self) -> dict[str, Tensor]:
+        s = self.state
+        made = {"absmax": s.absmax, "code": s.code}
+        return made | {"absmax2": s.state2.absmax, "code2": s.state2.code, "offset": s.offset} if s.nested else made
 
     def rows(self, weight: Tensor, first: int, last: int, width: int, dtype: torch.dtype) -> Tensor:
         bnb, s = bitsandbytes(), self.state
@@ -98,6 +134,9 @@ class EightBit:
         return [self.scale]
 
     kept = scales
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"scale": self.scale}
 
     def rows(self, weight: Tensor, first: int, last: int, width: int, dtype: torch.dtype) -> Tensor:
         return weight[first:last].to(torch.float32).mul_((self.scale[first:last] / 127.0).unsqueeze(1))
@@ -167,26 +206,37 @@ def _chunks(out: int, width: int) -> Iterator[tuple[int, int]]:
     return ((first, min(out, first + rows)) for first in range(0, out, rows))
 
 
-def quantise(model: nn.Module, how: Quantization, keep: Collection[str], device: torch.device | str = "cpu") -> None:
+def quantise(
+    model: nn.Module,
+    how: Quantization,
+    keep: Collection[str],
+    device: torch.device | str = "cpu",
+    made_before: Mapping[str, Coded] | None = None,
+) -> None:
     """Put codes in the place of every linear layer's weight, layer by layer, on the device; the rest is moved there, too.
 
-    `keep` names layers to leave: the task head and the vocabulary head. Raises ModelError without bitsandbytes.
+    `keep` names layers to leave: the task head and the vocabulary head. Codes that were `made_before` are taken, and the dense
+    weights not looked at. Raises ModelError without bitsandbytes.
     """
     bitsandbytes()
     scratch = Scratch()
     for name, layer in list(model.named_modules()):
         if name in keep or type(layer) not in (nn.Linear, Conv1D):
             continue
-        weight = layer.get_parameter("weight").detach().to(device)
+        weight = layer.get_parameter("weight").detach()
         turned = isinstance(layer, Conv1D)
         if turned:
-            weight = weight.T.contiguous()
-        code = _int8 if how == "int8" else _nf4
+            weight = weight.T
         bias = layer.bias
         assert bias is None or isinstance(bias, Tensor)
-        packed, codes = code(weight, how == "nf4-double")
+        if made_before is None:
+            code = _int8 if how == "int8" else _nf4
+            packed, kept = code(weight.to(device).contiguous(), how == "nf4-double")
+        else:
+            packed, kept = made_before[name]
+            packed, kept = packed.to(device), codes({part: x.to(device) for part, x in kept.tensors().items()})
         shape = (weight.shape[0], weight.shape[1])
-        made = QuantisedLinear(shape, packed, codes, None if bias is None else bias.detach(), scratch, turned)
+        made = QuantisedLinear(shape, packed, kept, None if bias is None else bias.detach(), scratch, turned)
         model.set_submodule(name, made)
     for x in (*model.parameters(), *model.buffers()):
         if x.is_floating_point():
@@ -225,7 +275,7 @@ def _nf4(weight: Tensor, double: bool) -> tuple[Tensor, Codes]:
     state.shape, state.absmax = weight.shape, absmax
     if double:
         state.offset = absmax.mean()
-        state.absmax, state.state2 = bnb.quantize_blockwise(absmax - state.offset, blocksize=256)
+        state.absmax, state.state2 = bnb.quantize_blockwise(absmax - state.offset, blocksize=_BLOCK_OF_SCALES)
         state.nested = True
     return torch.cat([packed for packed, _ in parts]), FourBit(state)
 
