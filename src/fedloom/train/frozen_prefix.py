@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedloom.data.batches import ClientRows, Encoded, collate, spans
+from fedloom.data.placing import sent
 from fedloom.models.blocks import below, find_blocks
 from fedloom.models.usable import positions
 
@@ -155,7 +156,7 @@ class FrozenPrefix:
             lengths = np.concatenate([data.lengths_of(rows) for data, rows in parts])
             b = shape[0] // len(parts)
             first = np.concatenate([k * b + np.arange(len(rows)) for k, (_, rows) in enumerate(parts)]) * shape[1]
-            laid[torch.from_numpy(spans(first, lengths)).to(laid.device)] = found
+            laid[sent(torch.from_numpy(spans(first, lengths)), laid.device)] = found
         return laid.view(*shape, -1)
 
     @contextmanager
