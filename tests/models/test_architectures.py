@@ -250,8 +250,7 @@ def check(name: str, kind: Kind, length: int, path: Path) -> Outcome:
     assert distance(plain[0], work.train) > 1e-5
     checkpointing = name not in NO_CHECKPOINTING
     packed = packs(model, kind, list(work.train["A"]))
-    # Mistral has a window here, and rows of a packed batch would be seen through it.
-    assert packed == (name != "mistral" and kind in getattr(family_of(model), "packs", ()))
+    assert packed == (kind in getattr(family_of(model), "packs", ()))
     from_plain = 0.0
     for again in (False, True) if checkpointing else (False,):
         states = trained(model, work, data, together=together, checkpointing=again)
