@@ -312,6 +312,7 @@ ENCODERS: dict[str, Any] = {
     "config without its type": ("refused", _config("model_type"), ""),
     "config of no known type": ("refused", _config(model_type="nonsense"), "nonsense"),
     "config type a number": ("refused", _config(model_type=7), ""),
+    "config type a list": ("refused", _config(model_type=["bert"]), "['bert']"),
     "config type with markup": ("refused", _config(model_type="[/red]\x1b[31m"), ""),
     "config with code": ("either", _all(_code, _config(auto_map=TRAP_MAP)), ""),
     "config with code, type unknown": (

@@ -198,7 +198,7 @@ def test_names_that_lead_nowhere(tmp_path: Path) -> None:
         load_base("minilmm", kind="classification")
     assert "\n" not in str(caught.value)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="names the architecture None"):
+    with pytest.raises(ModelError, match=r"configuration of model .* cannot be read"):
         load_base(str(tmp_path), kind="classification")
 
 

@@ -254,7 +254,7 @@ def _check_architecture(config: Any, name: str, kind: Kind) -> None:
             "as a Llama for causal-lm, or an encoder such as RoBERTa for classification"
         )
     loader: Any = AutoModelForCausalLM if kind == "causal-lm" else AutoModelForSequenceClassification
-    if type(config) not in loader._model_mapping and not getattr(config, "auto_map", None):
+    if type(config) not in loader._model_mapping:
         raise ModelError(
             f"model {name!r} ({config.model_type}) cannot be used for {kind}: transformers has no "
             f"{loader.__name__} of it; choose another model, or another kind in [task]"

@@ -49,7 +49,8 @@ def check_declared(directory: Path, name: str) -> None:
 
     config = json_object(directory / "config.json")
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    # Where it is left out, transformers guesses it from the name.
+    if kind is not None and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         own = ", and its own code, which fedloom does not run" if config.get("auto_map") else ""
         raise ModelError(
             f"config.json of model {name!r} names the architecture {shown(kind)} (model_type){own}: expected one that "
@@ -59,7 +60,7 @@ def check_declared(directory: Path, name: str) -> None:
     for architecture in architectures if isinstance(architectures, list) else []:
         made = getattr(getattr(transformers, str(architecture), None), "config_class", None)
         other = getattr(made, "model_type", None)
-        if other and other != kind:
+        if kind and other and other != kind:
             raise ModelError(
                 f"config.json of model {name!r} says {kind!r} (model_type) and {architecture!r}, which is a {other!r} "
                 "(architectures): expected one and the same; get the model's files again"
