@@ -68,7 +68,9 @@ def main() -> None:
             count, longest = played(cases, Path(folder) / "here", here, asked.show)
             seconds = time.process_time() - start
             chosen = cases[:: max(1, len(cases) // asked.processes)] if asked.processes else []
-            chosen = [*chosen, data.ENDLESS] if chosen and name == "data" else chosen
+            chosen = (
+                [*chosen, data.ENDLESS] if chosen and name == "data" and asked.only in data.ENDLESS.name else chosen
+            )
             others, _ = played(chosen, Path(folder) / "apart", apart, asked.show)
             became = f"{count['trained']} | {count['refused']} | {longest} | {count['failed']}"
             lines.append(f"| {name} | {len(cases)} | {became} | {seconds:.0f} | {len(chosen)} | {others['failed']} |")

@@ -394,7 +394,7 @@ ENCODERS: dict[str, Any] = {
     ),
     "weights in float64": ("trains", _each(lambda x: x.double()), ""),
     "weights in float16": ("trains", _each(lambda x: x.half()), ""),
-    "weights in int8": ("either", _each(lambda x: x.to(torch.int8)), ""),
+    "weights in int8": ("refused", _each(lambda x: x.to(torch.int8)), "no quantization_config"),
     "weights all zero": ("trains", _each(torch.zeros_like), ""),
     "weights a directory": ("refused", _folder(WEIGHTS), "has no weights"),
     "weights a fifo": ("refused", _fifo(WEIGHTS), "has no weights"),

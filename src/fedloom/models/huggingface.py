@@ -93,6 +93,7 @@ def load_base(
         with reading("tokenizer", name):
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         with reading("configuration or weights", name):
+            weights.check_stored(source.directory, coded is not None)
             model, info = _loaded(kind, path, options, name, coded)
         packed = name in packaged.MODELS and source.name == path
         digest = packaged.weights_sha256(name) if packed else weights.sha256(source.directory)

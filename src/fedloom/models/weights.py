@@ -79,6 +79,29 @@ def read(directory: Path, names: Iterable[str]) -> dict[str, Tensor]:
     return found
 
 
+def check_stored(directory: Path, coded: bool) -> None:
+    """Raise ModelError that names a file which is not whole, or holds integers that no quantization_config explains.
+
+    Only headers are read. `coded`: there is such a config.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in weight_files(directory):
+        if file.suffix != ".safetensors":
+            continue
+        try:
+            with safe_open(str(file), framework="pt") as tensors:
+                stored = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ModelError(f"{file} is not a whole file of safetensors ({error}): get it again") from error
+        for name, dtype in stored.items():
+            if not coded and name.endswith("weight") and dtype not in ("F16", "BF16", "F32", "F64"):
+                raise ModelError(
+                    f"{file} holds {name!r} as {dtype}, and config.json has no quantization_config that says how to read "
+                    "it: get the dense model, or the whole quantised one"
+                )
+
+
 def sha256(directory: Path) -> str:
     """Hash of a model's weights: of the file where there is one, of their hashes in order of name where there are more."""
     hashes = [file_sha256(file) for file in weight_files(directory)]
