@@ -6,7 +6,7 @@ readable path, padded. DeepSeek-LLM and SmolLM2 are `llama`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -22,7 +22,9 @@ class Family:
     siblings: tuple[tuple[str, ...], ...] = ()
     """Names of layers that one module calls on the same input, in this order: they can be one matrix product."""
     packs: frozenset[Kind] = frozenset()
-    """Tasks whose batches may be packed: its attention takes transformers' interface, and nothing but a scale and a window."""
+    """Tasks whose batches may be packed: its attention takes transformers' interface, and no more than `attend` knows of."""
+    changes_scores: bool = False
+    """Whether its attention caps scores, or has a sink beside them: no fused kernel does that."""
     reader: str = ""
     """The module of a packed encoder that reads the first token of each row."""
     positions_follow_padding: bool = False
@@ -59,8 +61,9 @@ FAMILIES = {
     "modernbert": Family(targets=("Wqkv",)),
     "gpt2": Family(targets=("c_attn",), packs=frozenset({"causal-lm"})),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3"), _LLAMA),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "granite", "cohere", "cohere2"), _PADDED_LLAMA),
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "stablelm", "seed_oss", "helium"), _PADDED_LLAMA),
+    **dict.fromkeys(("gemma", "gemma3_text", "olmo", "olmo2", "granite", "cohere", "cohere2"), _PADDED_LLAMA),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "stablelm", "seed_oss", "helium"), _PADDED_LLAMA),
+    **dict.fromkeys(("gemma2", "gpt_oss"), replace(_LLAMA, changes_scores=True)),
     **dict.fromkeys(("phi", "opt", "starcoder2", "glm", "glm4"), Family(targets=_LLAMA.targets, siblings=(_QKV,))),
     **dict.fromkeys(("gptj", "gpt_neo"), Family(targets=_LLAMA.targets)),
     **dict.fromkeys(("phi3", "codegen"), Family(targets=("qkv_proj",))),

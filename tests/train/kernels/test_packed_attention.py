@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2_attention
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss_attention
 
 from fedloom.train.kernels.packed_attention import plain
+from fedloom.train.kernels.scored_attention import scored
 
 HEADS, L, D = 3, 7, 4
 
@@ -56,3 +62,27 @@ def test_the_mask_says_in_what_dtype_it_computes(case: str) -> None:
         for x, y in zip(made, wanted, strict=True):
             assert x.dtype == torch.bfloat16
             assert (x - y).abs().max() <= error * y.abs().max()
+
+
+@pytest.mark.parametrize("which", ["capped", "with a sink", "both"])
+def test_changed_scores_are_those_of_their_models(which: str) -> None:
+    """With a cap that is felt, and gradients, in float64."""
+    given = [x.detach().view(2, HEADS, L, D).requires_grad_() for x in inputs(torch.float64)]
+    mask, sinks = masks()["causal"], torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    cap, sink = (1.5 if which != "with a sink" else None), (sinks if which != "capped" else None)
+    module: Any = SimpleNamespace(num_key_value_groups=1, sinks=sinks, training=False)
+    ours = scored(*given, mask, 0.7, cap, sink)
+    if which == "capped":
+        theirs = gemma2_attention(module, *given, mask, scaling=0.7, softcap=cap)[0]
+    elif which == "with a sink":
+        theirs = gpt_oss_attention(module, *given, mask, scaling=0.7)[0]
+    else:  # no model has both: a sink is a token whose score is its own, and whose value is nothing
+        q, k, v = given
+        scores = (1.5 * (0.7 * q @ k.transpose(2, 3) / 1.5).tanh() + mask).exp()
+        theirs = ((scores / (scores.sum(-1, keepdim=True) + sinks.view(1, -1, 1, 1).exp())) @ v).transpose(1, 2)
+    theirs = theirs.transpose(1, 2)
+    tolerance = 1e-6 if which == "capped" else 1e-12  # Gemma's is a softmax in float32
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+    g = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for one, two in zip(torch.autograd.grad(ours, given, g), torch.autograd.grad(theirs, given, g), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=10 * tolerance)

@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 
 from fedloom.train.attention import choose
 from fedloom.train.kernels.packing import Packing
+from fedloom.train.kernels.scored_attention import scored
 from fedloom.train.kernels.varlen_attention import attend_rows
 
 PACKED = "fedloom_packed"
@@ -123,16 +124,19 @@ def attend(
     dropout: float = 0.0,
     packing: Packing | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,  # (heads,)
     **ignored: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface, each row of a packing on its own; the result is (1, N, heads, d)."""
     assert packing is not None, "this attention is for packed batches"
     _, heads, _, d = query.shape
     scale = d**-0.5 if scaling is None else scaling
-    if packing.rows is not None:
+    changed = softcap is not None or s_aux is not None
+    if packing.rows is not None and not changed:
         return attend_rows(query, key, value, packing.rows, packing.causal, scale, sliding_window), None
     lengths, sizes = zip(*((x.spread.shape[1], x.spread.numel()) for x in packing.buckets), strict=True)
-    fused = [choose(query.device, query.dtype, L) == "sdpa" for L in lengths]
+    fused = [not changed and choose(query.device, query.dtype, L) == "sdpa" for L in lengths]
     # The fused kernel shares heads of keys and values itself.
     laid = key.shape[1] if all(fused) else heads
     parts = _parts(_spread(packing, laid == heads, query, key, value), sizes, heads, laid)
@@ -146,6 +150,10 @@ def attend(
             rows = F.scaled_dot_product_attention(
                 q, k, v, mask, is_causal=whole, scale=scale, enable_gqa=laid < heads
             ).reshape(-1, d)
+        elif changed:
+            q, k, v = (x.view(-1, heads, L, d) for x in part)
+            mask = packing.mask(i, heads, torch.float32, window)
+            rows = scored(q, k, v, mask, scale, softcap, s_aux).reshape(-1, d)
         else:
             assert isinstance(part, Tensor)
             dtype = torch.float32 if _few(query.dtype, sizes[i] * heads * L) else query.dtype

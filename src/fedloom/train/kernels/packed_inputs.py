@@ -28,7 +28,9 @@ class Packer:
         self._causal = causal
         self._layers = layers
         self._position = first_position(model)
-        self._head = varlen_attention.head_size(model)
+        family = family_of(model)
+        # Of no size: its scores are not the kernel's.
+        self._head = 0 if family is not None and family.changes_scores else varlen_attention.head_size(model)
         register()
         self._hooks: list[RemovableHandle] = []
         self._clients = 1  # K of the last batch
