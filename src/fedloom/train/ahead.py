@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -22,7 +23,9 @@ def in_turn(make: Callable[[int], T], n: int, device: torch.device, ahead: bool)
     if not ahead:
         yield map(make, range(n))
         return
-    begin = (lambda: torch.cuda.set_device(device)) if device.type == "cuda" else None
+    # A thread begins on the first GPU, whichever its parent is on.
+    gpu = (device.index if device.index is not None else torch.cuda.current_device()) if device.type == "cuda" else None
+    begin = None if gpu is None else partial(torch.cuda.set_device, gpu)
     with ThreadPoolExecutor(1, "fedloom-batches", begin) as pool:
         try:
             yield _one_ahead(pool, make, n)

@@ -202,7 +202,8 @@ class Trainer:
             for first in range(0, len(rows), size):
                 chosen = rows[first : first + size]
                 feed = self._model.feed([(data, chosen)])
-                each = cross_entropy(self._model.logits(feed), feed.targets.labels).double().cpu()
+                logits = self._model.logits(feed)
+                each = cross_entropy(logits, feed.targets.labels.to(logits.device)).double().cpu()
                 sums = torch.zeros(len(chosen), dtype=each.dtype).index_add_(0, feed.targets.row.cpu(), each)
                 found[chosen] = -sums.numpy()
         return found

@@ -41,13 +41,13 @@ class Groups:
 def suits(device: torch.device, dtype: torch.dtype | None) -> bool:
     """Whether grouped products are one kernel here.
 
-    It is for bfloat16 from compute capability 9.0 on. Elsewhere torch multiplies group after group: a GPU would wait for the
-    host, and a CPU compile a product for every client's number of tokens. There the product is the faster one of a wide layer
-    and still a step of 16 clients on MiniLM's shape the slower, 1.3 times in bfloat16 (`benchmarks/adapters.py`).
+    It is for bfloat16 on compute capabilities 9.0 and 10.0. Elsewhere torch multiplies group after group: a GPU would wait for
+    the host, and a CPU compile a product for every client's number of tokens. There the product is the faster one of a wide
+    layer and still a step of 16 clients on MiniLM's shape the slower, 1.3 times in bfloat16 (`benchmarks/adapters.py`).
     """
     if device.type != "cuda" or dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
         return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
 
 
 class _GroupedMatmul(torch.autograd.Function):

@@ -35,10 +35,13 @@ class Rows:
 
 
 def suits(device: torch.device, dtype: torch.dtype | None, head: int) -> bool:
-    """Whether the kernel takes heads of so many numbers here: on CUDA from compute capability 8.0 on, in half precision."""
+    """Whether the kernel takes heads of so many numbers here: on CUDA from compute capability 8.0 on, in half precision.
+
+    Larger heads have no backward pass on some cards.
+    """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or kernel is None:
         return False
-    return 0 < head <= 256 and head % 8 == 0 and torch.cuda.get_device_capability(device) >= (8, 0)
+    return 0 < head <= 192 and head % 8 == 0 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def head_size(model: nn.Module) -> int:
