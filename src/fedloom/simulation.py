@@ -15,13 +15,12 @@ from functools import partial
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
-import torch
-
 from fedloom.checkpoint import ClientStates
 from fedloom.client import Client, Failure
 from fedloom.core import Exchange, Method, Round, Send, Trained, Visit, Work
 from fedloom.engine import Answer, Job, Total, asked_too_often, ended_too_soon
 from fedloom.errors import ConfigError, MethodError, RoundError
+from fedloom.exhaustion import exhausted
 from fedloom.rng import generator
 from fedloom.state import Sites, State, finite
 
@@ -83,7 +82,7 @@ def _fit(
     try:
         return trainer.fit(works, data, t, part), ()
     except (MemoryError, RuntimeError) as error:
-        if not _exhausted(error):
+        if not exhausted(error):
             raise
         if len(works) < 2:
             raise RoundError(
@@ -95,12 +94,6 @@ def _fit(
     first, more = _fit(trainer, works[:half], data[:half], t, part)
     second, others = _fit(trainer, works[half:], data[half:], t, part)
     return first + second, (half, *more, *others)
-
-
-def _exhausted(error: BaseException) -> bool:
-    """Whether a device had no memory left. On a CPU PyTorch raises a plain RuntimeError, in its own words or in oneDNN's."""
-    said = ("DefaultCPUAllocator", "could not create a primitive", "could not create a memory", "std::bad_alloc")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
 
 
 def one_by_one(trainer: LocalTrainer[Any]) -> Drive:

@@ -95,18 +95,18 @@ def test_a_cohort_without_memory_is_halved(
 def test_a_cohort_that_really_has_no_memory_is_halved(
     settings: Callable[..., dict[str, Any]], encoder: Path, tmp_path: Path
 ) -> None:
-    """In a process that may take 200 MiB more than it has: an inner layer of eight clients' rows alone is 100."""
+    """In a process that may take 100 MiB more: an inner layer's numbers of eight clients are that, or of rows to be scored."""
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=1024)
     BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)).save_pretrained(
         tmp_path / "m"
     )
     tokenizer.save_pretrained(tmp_path / "m")
-    rows = [f"{'who is ' * 30},{'ab'[i % 2]}" for i in range(300)]
+    rows = [f"{'who is ' * 30},{'ab'[i % 2]}" for i in range(600)]
     (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]))
     config = settings(
         model={"name": str(tmp_path / "m")},
-        task={"data": str(tmp_path / "rows.csv"), "holdout": 0.1},
+        task={"data": str(tmp_path / "rows.csv"), "holdout": 0.4},
         clients={"count": 8},
         method={"name": "fedit"},
         engine={"cohort": 8},
@@ -114,10 +114,11 @@ def test_a_cohort_that_really_has_no_memory_is_halved(
     )
     (tmp_path / "config.json").write_text(json.dumps(config))
     program = Path(__file__).parent / "little_memory.py"
-    child = [sys.executable, str(program), str(tmp_path / "config.json"), str(tmp_path / "little"), str(200 << 20)]
+    child = [sys.executable, str(program), str(tmp_path / "config.json"), str(tmp_path / "little"), str(100 << 20)]
     subprocess.run(child, check=True, capture_output=True)
     found = [json.loads(line) for line in (tmp_path / "little" / "rounds.jsonl").read_text().splitlines()][1]
     whole = fedloom.run(config, tmp_path / "whole").rounds[1]
     assert found["engine"]["out_of_memory"] > 0 and found["engine"]["cohort"] < 8 and "engine" not in whole
     assert found["clients"] == whole["clients"] and len(found["clients"]) == 8 and not found["dropped"]
     assert found["eval"]["loss"] == pytest.approx(whole["eval"]["loss"], abs=1e-5)
+    assert json.loads((tmp_path / "little" / "manifest.json").read_text())["scored_at_once"] < 8 * 32

@@ -45,10 +45,17 @@ class Tiny:
     kind: Kind
 
 
-def _build(name: str) -> Tiny:
+def _build(name: str, layers: int = 2) -> Tiny:
     torch.manual_seed(0)
-    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    gpt2 = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 1}
+    small = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 24}
+    gpt2 = {
+        "vocab_size": VOCABULARY,
+        "n_embd": 16,
+        "n_layer": layers,
+        "n_head": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
     model: Any
     if name == "bert":
         model, ends, heads = (
@@ -87,8 +94,8 @@ def _build(name: str) -> Tiny:
 
 
 @pytest.fixture
-def build() -> Callable[[str], Tiny]:
-    """A new tiny model by name: bert, roberta, xlm-roberta, llama, qwen2, gpt2, gpt2-classifier."""
+def build() -> Callable[..., Tiny]:
+    """(name, layers = 2) -> a new tiny model: bert, roberta, xlm-roberta, llama, qwen2, gpt2, gpt2-classifier."""
     return _build
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedloom.core import Work
 from fedloom.data.batches import Encoded, collate
-from fedloom.errors import ModelError
+from fedloom.errors import ModelError, RoundError
 from fedloom.train.trainer import Trainer
 
 
@@ -76,6 +77,43 @@ def test_together_is_as_one_by_one(name: str, build: Any, rows: Any, works: Any)
             if alone.logits is not None:
                 torch.testing.assert_close(found.logits, alone.logits, rtol=0, atol=1e-10)
                 torch.testing.assert_close(found.predictions, alone.predictions)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_ten_layers_in_the_types_of_runs(
+    name: str, dtype: torch.dtype, close: float, build: Any, rows: Any, works: Any
+) -> None:
+    """The same rows for all clients, so that an adapter in the place of another would be seen; then in batches that fit."""
+    family = build(name, 10)
+    for x in family.model.parameters():
+        x.data *= 8 if x.dim() > 1 else 1
+    given = [work for _, work in works(family, ranks=(2, 8, 4), dtype=torch.float32)]
+    for work in given:
+        work.train["B"] = {site: 4 * x for site, x in work.train["B"].items()}
+    data = [rows(8, family.kind)] * 3
+    with Trainer(family.model, family.sites, family.heads, dtype=dtype) as trainer:
+        alone = [trainer.evaluate(work, data[0]).loss for work in given]
+        together = [found.loss for found in trainer.evaluate_together(given, data)]
+        halves = [found.loss for found in _without_memory_for(9, trainer).evaluate_together(given, data)]
+        assert trainer.rows_at_once.most == 8
+        with pytest.raises(RoundError, match="even one row at a time"):
+            _without_memory_for(1, trainer).evaluate(given[0], data[0])
+    assert together == pytest.approx(alone, abs=close) and halves == pytest.approx(alone, abs=close)
+    assert min(abs(a - b) for a, b in combinations(alone, 2)) > 3 * close
+
+
+def _without_memory_for(rows: int, trainer: Trainer) -> Trainer:
+    """A trainer whose device has none for so many rows at once."""
+    model, feed = trainer._model, type(trainer._model).feed
+
+    def small(parts: Any) -> Any:
+        if sum(len(chosen) for _, chosen in parts) >= rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return feed(model, parts)
+
+    model.feed = small  # type: ignore[method-assign]
+    return trainer
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -268,8 +268,9 @@ class _Run:
         if e.method.personal_models or e.method.personal_phase:
             self.engine.export(e.method, self._served(state, e.clients), self.rounds + 1)
         clients = {path.parent.name: digest_files(path) for path in sorted(self.run.path.glob("clients/*/adapter"))}
-        if (prefix := e.trainer.prefix) is not None and prefix.shortfall:
-            self.observer.warning(prefix.shortfall)
+        for shortfall in (e.trainer.prefix and e.trainer.prefix.shortfall, e.trainer.rows_at_once.shortfall):
+            if shortfall:
+                self.observer.warning(shortfall)
         self._manifest(adapter=digest_files(self.run.adapter), **({"clients": clients} if clients else {}))
         self._save(self.rounds, state, done=True)
         return Result(self.run.path, self.run.rounds())
@@ -375,6 +376,7 @@ class _Run:
                 "lora_parameters": e.parameters[1],
                 "head_parameters": e.head_parameters,
                 **({} if e.trainer.prefix is None else {"frozen_prefix": asdict(e.trainer.prefix)}),
+                **({} if e.trainer.rows_at_once.most is None else {"scored_at_once": e.trainer.rows_at_once.most}),
                 "versions": versions(*(["bitsandbytes"] if quantised.quantised(e.base.model) else [])),
                 "accepted_changes": self._accepted,
                 "hashes": {"config": digest_file(self.run.config_file), **e.hashes, "adapter": None, **adapters},
