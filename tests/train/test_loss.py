@@ -100,6 +100,28 @@ def test_no_step_waits_for_the_device(name: str, dropout: float, build: Any, row
     assert waits[1] - waits[0] == (2 * own if dropout else 0)
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_nor_does_one_by_the_kernels_of_a_gpu(
+    name: str, build: Any, rows: Any, works: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grouped products and few shapes; in the place of attention's kernel is one that only has its shape."""
+    monkeypatch.setattr("fedloom.train.kernels.grouped_matmul.suits", lambda *_: True)
+    monkeypatch.setattr("fedloom.train.kernels.varlen_attention.suits", lambda *_: True)
+    monkeypatch.setattr("fedloom.train.kernels.varlen_attention.kernel", lambda q, *_, **__: q * 1.0)
+    monkeypatch.setattr("fedloom.train.kernels.packing.rounds", lambda *_: True)
+    family = build(name)
+    given = works(family, dtype=torch.float32)
+    data = [rows(12, family.kind, k) for k in range(3)]
+    waits = []
+    for steps in (1, 3):
+        settings = Settings(local_steps=steps, batch_size=4, lr=0.01)
+        with Trainer(family.model, family.sites, family.heads, settings=settings) as trainer, Watch() as watch:
+            trainer.fit(given, data, 1)
+        assert watch.calls["_grouped_mm"]
+        waits.append(watch.waits)
+    assert waits[0] == waits[1]
+
+
 def test_the_watch_sees_what_waits() -> None:
     x = torch.arange(4.0)
     with Watch() as watch:
