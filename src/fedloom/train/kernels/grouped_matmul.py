@@ -43,7 +43,7 @@ def suits(device: torch.device, dtype: torch.dtype | None) -> bool:
 
     It is for bfloat16 on compute capabilities 9.0 and 10.0. Elsewhere torch multiplies group after group: a GPU would wait for
     the host, and a CPU compile a product for every client's number of tokens. There the product is the faster one of a wide
-    layer and still a step of 16 clients on MiniLM's shape the slower, 1.3 times in bfloat16 (`benchmarks/adapters.py`).
+    layer and still a step of 16 clients on MiniLM's shape the slower, 1.4 times in bfloat16 (`benchmarks/adapters.py`).
     """
     if device.type != "cuda" or dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
         return False
