@@ -15,7 +15,6 @@ from fedloom.train.kernels import grouped_matmul, lora_linear, packing, varlen_a
 METHODS: dict[str, dict[str, Any]] = {
     "fslora": {"clients": {"ranks": [1, 2, 4]}, "method": {"name": "fslora", "sketch": "balanced"}},
     "hetlora": {"clients": {"ranks": [1, 2, 4]}, "method": {"name": "hetlora"}},
-    "fedsa_lora": {"method": {"name": "fedsa_lora"}},
     "dropout": {"lora": {"dropout": 0.1}, "method": {"name": "fedit"}},
 }
 
