@@ -47,6 +47,7 @@ def test_there_is_a_recipe_for_each_published_setting() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("smollm2")  # one process converts its file for all of them
 def test_flowertune_rows_are_the_protocols(need: Need) -> None:
     """One text, `{preamble}\\n### Instruction:\\n{instruction}\\n### Response: {response}`, whose loss begins behind the colon.
 

@@ -224,6 +224,7 @@ def test_minilm(need: Callable[[str], None]) -> None:
     assert unit[0] @ unit[1] > 0.5 > 0.2 > unit[0] @ unit[2]  # a random model has 0.9 for both
 
 
+@pytest.mark.xdist_group("smollm2")  # one process converts its file for all of them
 def test_smollm2(need: Callable[[str], None], capfd: pytest.CaptureFixture[str]) -> None:
     need("smollm2")
     base = load_base("smollm2", kind="causal-lm")

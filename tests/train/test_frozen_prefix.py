@@ -142,6 +142,7 @@ def test_the_plain_path_gives_the_same_up_to_rounding(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("smollm2")  # one process converts its file for all of them
 def test_a_real_decoder_of_thirty_blocks(need: Any) -> None:
     need("smollm2")
     base = load_base("smollm2", kind="causal-lm", num_labels=1)
