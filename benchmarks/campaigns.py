@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--campaigns", default=",".join(CAMPAIGNS))
     parser.add_argument("--only", default="", help="cases whose names have this word")
     parser.add_argument("--show", action="store_true", help="say of each what it said")
-    parser.add_argument("--processes", type=int, default=20, help="cases that run in processes of their own, too")
+    parser.add_argument("--processes", type=int, default=10, help="cases that run in processes of their own, too")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable()

@@ -22,44 +22,12 @@ from typing import Any
 
 from machine import describe
 
-QWEN: dict[str, Any] = dict(
-    hidden_size=896,
-    num_hidden_layers=24,
-    num_attention_heads=14,
-    num_key_value_heads=2,
-    intermediate_size=4864,
-    vocab_size=151936,
-    max_position_embeddings=32768,
-    tie_word_embeddings=True,
-)
 LINES: list[dict[str, Any]] = [
     *({"model": "minilm", "dtype": x, "rows": 8, "length": 64, "cohort": k} for x in ("bfloat16", "float32") for k in (1, 16)),
     *({"model": "smollm2", "dtype": "bfloat16", "rows": 4, "length": 256, "cohort": k} for k in (1, 4)),
     {"model": "smollm2", "dtype": "float32", "rows": 4, "length": 256, "cohort": 1},
-    {"model": "qwen2.5-0.5b", "dtype": "bfloat16", "rows": 1, "length": 256, "cohort": 1},
-    *({"model": "qwen2.5-0.5b", "dtype": "bfloat16", "rows": 4, "length": 256, "cohort": k} for k in (1, 2)),
-    {"model": "qwen2.5-0.5b", "dtype": "bfloat16", "rows": 4, "length": 256, "cohort": 1, "checkpointing": True},
     {"model": "smollm2", "dtype": "bfloat16", "rows": 4, "length": 256, "cohort": 1, "checkpointing": True},
 ]  # fmt: skip
-
-
-def qwen(path: Path) -> Path:
-    """Qwen2.5-0.5B's true shape with random weights in bfloat16, unless it is there, and a tokenizer of few words."""
-    if (path / "model.safetensors").exists():
-        return path
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
-    marks = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
-    words = [*marks.values(), *(f"w{i}" for i in range(1000))]
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **QWEN), dtype=torch.bfloat16)
-    model.save_pretrained(path)
-    PreTrainedTokenizerFast(tokenizer_object=inner, **marks).save_pretrained(path)
-    return path
 
 
 def status(key: str) -> int:
@@ -98,9 +66,8 @@ def train(line: dict[str, Any], folder: Path) -> dict[str, Any]:
     rows = [{"prompt": "w1", "response": x} if causal else {"text": x, "label": i % 2} for i, x in enumerate(words)]
     data = folder / "rows.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    name = str(qwen(folder.parent / "qwen")) if line["model"].startswith("qwen") else line["model"]
     config = {
-        "model": {"name": name, "dtype": line["dtype"], "checkpointing": line.get("checkpointing", False)},
+        "model": {"name": line["model"], "dtype": line["dtype"], "checkpointing": line.get("checkpointing", False)},
         "task": {"data": str(data), "max_length": line["length"], "eval_limit": 1}
         | ({"kind": "causal-lm"} if causal else {}),
         "clients": {"count": line["cohort"], "partition": "iid"},
