@@ -262,7 +262,7 @@ def method(config: Any) -> str | None:
     if values.get("load_in_8bit"):
         return "bitsandbytes int8"
     double = "-double" if values.get("bnb_4bit_use_double_quant") else ""
-    return f"bitsandbytes {values.get('bnb_4bit_quant_type')}{double}"
+    return f"bitsandbytes {values.get('bnb_4bit_quant_type') or 'fp4'}{double}"  # its own default
 
 
 def _nf4(weight: Tensor, double: bool) -> tuple[Tensor, Codes]:
