@@ -48,7 +48,7 @@ def train(line: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     class Watch(Observer):
         def assembled(self, e: Any) -> None:
-            found.update(foretold=line["cohort"] * e.memory.client, parameters=e.parameters[1])
+            found.update(foretold=e.memory.total(line["cohort"]) - e.memory.base, parameters=e.parameters[1])
             auto = e.config.model_copy(update={"engine": e.config.engine.model_copy(update={"cohort": "auto"})})
             found["auto"] = replace(e, plan=replace(e.plan, config=auto)).cohort
 

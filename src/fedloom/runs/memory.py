@@ -20,6 +20,7 @@ from fedloom.models import quantised
 from fedloom.runs.config import EngineSection
 from fedloom.train.frozen_prefix import DEFAULT_BYTES
 from fedloom.train.lora_linear import shape_of
+from fedloom.train.loss import CHUNK
 
 TOKENS_AT_ONCE = 4096
 """What one pass over the base holds at most: enough to fill a processor."""
@@ -28,6 +29,12 @@ MOST_CLIENTS = 32
 
 ALONE_FROM = 300_000_000
 """Parameters from which one client's products fill a CPU, so that batching clients gains nothing."""
+
+_NORM_BYTES = 3 * 4
+"""Of a number that a written-out norm reads in half precision: in float32 it is kept before, squared and scaled."""
+
+_CHUNK_BYTES = 3 * 4
+"""Of a logit of one chunk of the loss: in float32, its log-softmax and its gradient."""
 
 _SHARE = 0.5  # of the memory that is free: the estimate is rough, and others are at work
 
@@ -40,10 +47,12 @@ class Memory:
     """The frozen weights."""
     client: int
     """What one client's largest step adds."""
+    once: int = 0
+    """What a pass adds, whoever is in it."""
 
     def total(self, cohort: int) -> int:
         """With so many clients in one pass."""
-        return self.base + cohort * self.client
+        return self.base + self.once + cohort * self.client
 
 
 def memory(
@@ -65,21 +74,27 @@ def memory(
     embeddings = getattr(model, "get_output_embeddings", None)
     head = None if embeddings is None else embeddings()
     still = tuple(f"{name}." for name in frozen)
-    layers = [
-        m
-        for name, m in model.named_modules()
-        if isinstance(m, (nn.Linear, Conv1D)) and m is not head and not name.startswith(still)
-    ]
-    widths = sum(sum(shape_of(m)) for m in layers)
+    moving = [m for name, m in model.named_modules() if m is not head and not name.startswith(still)]
+    kept = size * sum(sum(shape_of(m)) for m in moving if isinstance(m, (nn.Linear, Conv1D)))
+    if size < 4:
+        kept += _NORM_BYTES * sum(_width(m) for m in moving)
     if checkpointing:  # the input of every block, and one block's inside
         blocks = max(1, int(getattr(config, "num_hidden_layers", 1)) - len(frozen))
-        widths = widths // blocks + blocks * int(getattr(config, "hidden_size", 0))
+        kept = kept // blocks + size * blocks * int(getattr(config, "hidden_size", 0))
     vocabulary = 0 if head is None else int(getattr(config, "vocab_size", 0))
     adapter = 4 * 4 * trained  # float32: parameters, gradients and two moments
     return Memory(
         base=quantised.bytes_of(model, dtype),
-        client=tokens * widths * size + answers * vocabulary * 2 * size + adapter,
+        client=tokens * kept + answers * vocabulary * 2 * size + adapter,
+        once=_CHUNK_BYTES * min(MOST_CLIENTS * answers * vocabulary, CHUNK),
     )
+
+
+def _width(module: nn.Module) -> int:
+    """Of a norm that is written out, as decoders' RMSNorms are, and computes in float32; 0 of any other module."""
+    weight = getattr(module, "weight", None)
+    written = type(module).__name__.endswith("Norm") and not isinstance(module, nn.LayerNorm)
+    return weight.numel() if written and isinstance(weight, torch.Tensor) and weight.ndim == 1 else 0
 
 
 def cohort(need: Memory, parameters: int, tokens: float, device: torch.device, free: int | None) -> int:
@@ -88,7 +103,7 @@ def cohort(need: Memory, parameters: int, tokens: float, device: torch.device, f
         return 1
     most = min(MOST_CLIENTS, int(TOKENS_AT_ONCE / max(1.0, tokens)))
     if free is not None:
-        most = min(most, int(_SHARE * free / max(1, need.client)))
+        most = min(most, int((_SHARE * free - need.once) / max(1, need.client)))
     return max(1, most)
 
 
