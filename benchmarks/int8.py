@@ -55,7 +55,7 @@ def int_mm(w: Tensor) -> Product:
 
 def onednn(w: Tensor) -> Product:
     codes, scale = by_rows(w)
-    packed = torch.ops.onednn.qlinear_prepack(codes.T, None)
+    packed = torch.ops.onednn.qlinear_prepack(codes, None)
     scale, zero = scale.view(-1), torch.zeros(len(w), dtype=torch.int64)
 
     def product(x: Tensor) -> Tensor:
