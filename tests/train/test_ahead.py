@@ -92,6 +92,7 @@ def test_ctrl_c_ends_it() -> None:
     code = """
 import os, signal, threading, time, torch
 from fedloom.train.ahead import in_turn
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 made = []
 def make(i):
     made.append(i)
