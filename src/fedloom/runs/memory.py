@@ -1,9 +1,9 @@
 """What training takes of a device's memory, told beforehand, and how many clients therefore train in one pass.
 
-Of a token, autograd keeps the input and output of about every linear layer, what norms in half precision make in float32, and
-where logits are made, them and their gradient. That is rough: benchmarks/training_memory.py measured 0.6 to 1.3 times as much of
-MiniLM, and 0.9 to 1.1 times of SmolLM2-135M. So no more than half of the free memory is given out, and a pass that finds none is
-done again in halves.
+Of a token, autograd keeps the input and output of about every linear layer, what norms in half precision make in float32,
+and where logits are made, them and their gradient. That is rough: benchmarks/training_memory.py measured 0.6 to 1.3 times as
+much of MiniLM, and 0.9 to 1.1 times of SmolLM2-135M. So no more than half of the free memory is given out, and a pass that
+finds none is done again in halves.
 """
 
 from __future__ import annotations
