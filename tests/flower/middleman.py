@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -41,4 +42,5 @@ class Middleman:
                 rule = self.rules.pop(0) if self.rules else honest
                 answer = rule(message, self.ask)
                 self.seen.append((message, answer))
-                connection.send_bytes(answer)
+                with contextlib.suppress(OSError):  # who asked may have gone, as after a late answer
+                    connection.send_bytes(answer)
