@@ -1,15 +1,15 @@
-"""Whether int8 kernels would make the frozen products of a step on a CPU faster, and what they would round away. One command:
+"""What frozen products in int8 gain on a CPU, and what they round away. One command:
 
-    OMP_NUM_THREADS=1 python benchmarks/int8.py [--shape minilm|roberta-large] [--tokens 512] [--turns 5]
+    OMP_NUM_THREADS=1 python benchmarks/int8.py [--shape minilm|roberta-large|llama-1b] [--tokens 512] [--turns 5] [--blocks 4]
 
 For each frozen product of a block, bfloat16 activations (tokens, in) and weights: the forward product and the gradient of its
-input, in bfloat16 and through each int8 kernel that is installed. Activations are coded within the time: one scale a row,
-symmetric, but for onednn's, which takes one scale and zero for all. Weights are coded beforehand, by rows, and once more by
-columns for the gradient. Processor seconds, best of the turns. Errors are relative, of the product in float64: of Gaussian
-numbers, and with one activation in a hundred columns 20 times as large, as inside a language model.
+input, in bfloat16, as `train.int8_products` makes them (oneDNN's kernel) and through each other int8 kernel that is installed.
+Inputs are coded within the time, one scale a row, symmetric; weights beforehand, by rows, and once more by columns for the
+gradient. Processor seconds, best of the turns. Errors are relative, of the product in float64: of Gaussian numbers, and with
+one input in a hundred columns 20 times as large, as inside a language model.
 
-A whole step is measured at the same shape (fedloom's trainer on four blocks, LoRA of rank 8 on query and value); what it would
-take is the step less the bfloat16 products, plus the int8 ones.
+Then a whole step of fedloom's trainer on some blocks of the shape, LoRA of rank 8 on query and value: as it is and with
+`int8_products`, in turns, one client. What other kernels would make of it is the step less the bfloat16 products, plus theirs.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from machine import describe
 from torch import Tensor
 from torch.nn import functional
 
-SHAPES = {"minilm": (384, 1536, 12), "roberta-large": (1024, 4096, 16)}
-BLOCKS = 4
+from fedloom.train.kernels.int8_matmul import Int8Matmul
+
+SHAPES = {"minilm": (384, 1536, 12), "roberta-large": (1024, 4096, 16), "llama-1b": (2048, 8192, 32)}
+"""Width, inner width and heads of a RoBERTa; the last has Llama-3.2-1B's widths."""
+
 WANTED = 1.3
 
 Product = Callable[[Tensor], Tensor]
@@ -53,24 +56,6 @@ def int_mm(w: Tensor) -> Product:
     return product
 
 
-def onednn(w: Tensor) -> Product:
-    codes, scale = by_rows(w)
-    packed = torch.ops.onednn.qlinear_prepack(codes, None)
-    scale, zero = scale.view(-1), torch.zeros(len(w), dtype=torch.int64)
-
-    def product(x: Tensor) -> Tensor:
-        low, high = (v.item() for v in torch.aminmax(x))
-        step = max(high - low, 1e-12) / 255
-        shift = min(255, max(0, round(-low / step)))
-        q = torch.quantize_per_tensor(x.float(), step, shift, torch.quint8).int_repr()
-        made: Tensor = torch.ops.onednn.qlinear_pointwise(
-            q, step, shift, packed, scale, zero, None, 1.0, 0, torch.bfloat16, "none", [], ""
-        )
-        return made
-
-    return product
-
-
 def bitsandbytes(w: Tensor) -> Product:
     import bitsandbytes.functional as bnb
 
@@ -93,7 +78,11 @@ def torchao(w: Tensor) -> Product:
     return layer
 
 
-KERNELS = {"torch._int_mm": int_mm, "onednn": onednn, "bitsandbytes": bitsandbytes, "torchao": torchao}
+def ours(w: Tensor) -> Product:
+    return Int8Matmul(w, None)
+
+
+KERNELS = {"fedloom": ours, "torch._int_mm": int_mm, "bitsandbytes": bitsandbytes, "torchao": torchao}
 
 
 def timed(product: Product, x: Tensor, turns: int) -> float:
@@ -115,14 +104,14 @@ def error(product: Product, x: Tensor, w: Tensor) -> float:
     return float((product(x).double() - right).norm() / right.norm())
 
 
-def step(width: int, inner: int, heads: int, tokens: int, turns: int) -> float:
-    """Processor seconds of one client's step on a RoBERTa of four blocks, the base in bfloat16."""
+def steps(width: int, inner: int, heads: int, blocks: int, tokens: int, turns: int) -> dict[bool, float]:
+    """Processor seconds of one client's step on a RoBERTa of so many blocks, the base in bfloat16, without and with int8."""
     import transformers as tf
 
     from fedloom import lora
     from fedloom.core import Client, Work
     from fedloom.data.batches import Encoded
-    from fedloom.models.huggingface import default_targets, find_sites, head_group
+    from fedloom.models.huggingface import default_targets, find_sites, head_group, head_modules
     from fedloom.rng import generator
     from fedloom.train.optim import Settings
     from fedloom.train.trainer import Trainer
@@ -131,14 +120,12 @@ def step(width: int, inner: int, heads: int, tokens: int, turns: int) -> float:
         hidden_size=width,
         intermediate_size=inner,
         num_attention_heads=heads,
-        num_hidden_layers=BLOCKS,
+        num_hidden_layers=blocks,
         vocab_size=50265,
         max_position_embeddings=514,
         pad_token_id=1,
         num_labels=2,
     )
-    model: Any = tf.AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
-    model.requires_grad_(False).eval()
     rows, length = max(1, tokens // 32), 32
     rng = np.random.default_rng(0)
     data = Encoded(
@@ -148,15 +135,20 @@ def step(width: int, inner: int, heads: int, tokens: int, turns: int) -> float:
         kind="classification",
         targets=rng.integers(0, 2, rows),
     )
-    sites = find_sites(model, default_targets(model))
-    work = Work(train={**lora.init(sites, 8, generator(0, "bench")), "head": head_group(model)}, scale=2.0)
-    settings = Settings(lr=1e-4, batch_size=rows, local_steps=1)
-    trainer, best = Trainer(model, list(sites), settings=settings, dtype=torch.bfloat16), float("inf")
-    for turn in range(turns + 1):
-        clock = time.process_time()
-        trainer.fit([(Client("a", rows, 8), work)], [data], turn)
-        if turn:
-            best = min(best, time.process_time() - clock)
+    trainers = {}
+    for int8 in (False, True):
+        model: Any = tf.AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
+        sites = find_sites(model, default_targets(model))
+        work = Work(train={**lora.init(sites, 8, generator(0, "bench")), "head": head_group(model)}, scale=2.0)
+        settings = Settings(lr=1e-4, batch_size=rows, local_steps=1, int8_products=int8)
+        trainers[int8] = Trainer(model, list(sites), head_modules(model), settings=settings, dtype=torch.bfloat16)
+    best = dict.fromkeys(trainers, float("inf"))
+    for turn in range(-2, turns):
+        for int8, trainer in trainers.items():
+            clock = time.process_time()
+            trainer.fit([(Client("a", rows, 8), work)], [data], turn)
+            if turn >= 0:
+                best[int8] = min(best[int8], time.process_time() - clock)
     return best
 
 
@@ -166,20 +158,28 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, action="append")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--blocks", type=int, default=4)
     asked = parser.parse_args()
     print(describe())
     with torch.no_grad():
         tables = {shape: table(shape, asked.tokens, asked.turns) for shape in asked.shape or SHAPES}
     for shape, (base, times) in tables.items():
         width, inner, heads = SHAPES[shape]
-        whole = step(width, inner, heads, asked.tokens, asked.turns)
+        found = steps(width, inner, heads, asked.blocks, asked.tokens, asked.turns)
+        whole = found[False]
         print(
-            f"\n{shape}: a step of {asked.tokens} tokens on {BLOCKS} blocks {1000 * whole:.0f} ms, of which frozen ",
+            f"\n{shape}: a step of {asked.tokens} tokens on {asked.blocks} blocks {1000 * whole:.0f} ms, of which frozen ",
             end="",
         )
-        print(f"products {1000 * BLOCKS * base:.0f} ms ({BLOCKS * base / whole:.0%}); a whole step would be")
+        print(
+            f"products {1000 * asked.blocks * base:.0f} ms ({asked.blocks * base / whole:.0%}); with int8_products ",
+            end="",
+        )
+        print(
+            f"{1000 * found[True]:.0f} ms, {whole / found[True]:.2f} times as fast; by the products' times it would be"
+        )
         for name, x in times.items():
-            gain = whole / (whole - BLOCKS * (base - x))
+            gain = whole / (whole - asked.blocks * (base - x))
             print(f"    {name:16}{gain:6.2f} times as fast{'' if gain >= WANTED else f', wanted {WANTED}'}")
 
 
@@ -198,10 +198,10 @@ def table(shape: str, tokens: int, turns: int) -> tuple[float, dict[str, float]]
         rough = x.clone()
         rough[:, ::100] *= 20
         turned = w.T.contiguous()
-        ours = timed(dense(w), x, turns), timed(lambda g, w=w: g @ w, grad, turns)  # type: ignore[misc]
-        total += count * sum(ours)
+        plain = timed(dense(w), x, turns), timed(lambda g, w=w: g @ w, grad, turns)  # type: ignore[misc]
+        total += count * sum(plain)
         shown = f"{count} x ({out}, {into})"
-        print(f"{shown:19}{'bfloat16':16}{1000 * ours[0]:>9.3f}{1000 * ours[1]:>9.3f}", end="")
+        print(f"{shown:19}{'bfloat16':16}{1000 * plain[0]:>9.3f}{1000 * plain[1]:>9.3f}", end="")
         print(f"{error(dense(w), x, w):>13.4f}{error(dense(w), rough, w):>13.4f}")
         for name, make in list(KERNELS.items()):
             if name not in times:

@@ -19,6 +19,7 @@ Settings = Callable[..., dict[str, Any]]
 
 IGNORED: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ("train.momentum", {"train": {"momentum": 0.9}}),
+    ("train.int8_products", {"train": {"int8_products": True}, "model": {"quantization": "nf4"}}),
     ("engine.wire", {"engine": {"wire": "int8"}}),
     ("engine.deadline_s", {"engine": {"deadline_s": 5.0}}),
     ("engine.superlink", {"engine": {"superlink": "h:1"}}),

@@ -40,6 +40,9 @@ def test_a_true_shape_is_estimated_as_it_was_measured() -> None:
     assert need.base == pytest.approx(0.99e9, rel=0.02)
     assert need.total(4) - need.base == pytest.approx(6.2e9, rel=0.4)  # measured at four clients of 4 x 256
     kept = memory.memory(model, torch.bfloat16, tokens=tokens, answers=0, trained=0, checkpointing=True)
+    coded = memory.memory(model, torch.bfloat16, tokens=tokens, answers=0, trained=0, int8_products=True)
+    # Query, out, gate, up and down of 24 blocks, and keys and values of 128 features; by rows and by columns.
+    assert coded.once == 2 * 24 * (2 * 896 * 896 + 2 * 128 * 896 + 3 * 896 * 4864)
     assert kept.client < 0.15 * memory.memory(model, torch.bfloat16, tokens=tokens, answers=0, trained=0).client
 
 

@@ -214,6 +214,8 @@ class TrainSection(Section):
     """Train with the base's own dropout on: slower, and a client's result then depends on who trains beside it."""
     deterministic: bool = False
     """The same bytes at every run on GPUs of one kind too, where that is slower; on a processor they always are the same."""
+    int8_products: bool = False
+    """Multiply with the frozen layers in int8, on a processor: faster from wide models on, and rounded. Scores are not."""
 
     @model_validator(mode="before")
     @classmethod

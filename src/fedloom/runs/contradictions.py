@@ -110,6 +110,11 @@ def _train(c: RunConfig) -> Iterator[str]:
             "model.device is 'split', but training uses one device, on which the base must fit: set it to 'auto' or one GPU "
             "('cuda:0'); over several a run is evaluated alone, by `fedloom evaluate RUN --device split`"
         )
+    if c.train.int8_products and c.model.quantization is not None:
+        yield (
+            f"train.int8_products is true, but model.quantization is {c.model.quantization!r}, whose codes are made "
+            "dense for every product: choose one of both"
+        )
     if c.train.optimizer == "adamw":
         yield from _unused("train", c.train, "train.optimizer is 'adamw', not 'sgd'", "momentum")
 

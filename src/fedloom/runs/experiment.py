@@ -160,6 +160,7 @@ class Experiment:
             trained=self.parameters[0] + self.head_parameters,
             checkpointing=self.config.model.checkpointing,
             frozen=below(self.base.model, self.sites),
+            int8_products=self.config.train.int8_products,
         )
 
     @cached_property

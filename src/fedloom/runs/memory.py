@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from fedloom.models import quantised
 from fedloom.runs.config import EngineSection
 from fedloom.train.frozen_prefix import DEFAULT_BYTES
+from fedloom.train.int8_products import wide
 from fedloom.train.lora_linear import shape_of
 from fedloom.train.loss import CHUNK
 
@@ -64,10 +65,11 @@ def memory(
     trained: int,
     checkpointing: bool = False,
     frozen: Sequence[str] = (),
+    int8_products: bool = False,
 ) -> Memory:
     """Of steps of `tokens` tokens with padding, `answers` of them with logits, and `trained` parameters a client.
 
-    `frozen` are blocks that no gradient goes into.
+    `frozen` are blocks that no gradient goes into. `int8_products` has the wide layers coded by rows and by columns.
     """
     size = torch.empty(0, dtype=dtype).element_size()
     config = getattr(model, "config", None)
@@ -82,11 +84,13 @@ def memory(
         blocks = max(1, int(getattr(config, "num_hidden_layers", 1)) - len(frozen))
         kept = kept // blocks + size * blocks * int(getattr(config, "hidden_size", 0))
     vocabulary = 0 if head is None else int(getattr(config, "vocab_size", 0))
+    coded = [m for name, m in wide(model).items() if not name.startswith(still)] if int8_products else []
     adapter = 4 * 4 * trained  # float32: parameters, gradients and two moments
     return Memory(
         base=quantised.bytes_of(model, dtype),
         client=tokens * kept + answers * vocabulary * 2 * size + adapter,
-        once=_CHUNK_BYTES * min(MOST_CLIENTS * answers * vocabulary, CHUNK),
+        once=_CHUNK_BYTES * min(MOST_CLIENTS * answers * vocabulary, CHUNK)
+        + 2 * sum(m.get_parameter("weight").numel() for m in coded),
     )
 
 

@@ -30,6 +30,8 @@ from fedloom.state import Group
 from fedloom.train import frozen_prefix
 from fedloom.train.attention import AttentionName, choose
 from fedloom.train.frozen_prefix import FrozenPrefix, Told
+from fedloom.train.int8_products import LEAST, Int8Product, Int8Products, wide
+from fedloom.train.kernels import int8_matmul
 from fedloom.train.kernels.lora_linear import FusedLayers
 from fedloom.train.kernels.packed_inputs import Packer
 from fedloom.train.lora_linear import Adapter, Dropout, HookedLayers, Layers, Offset, find_heads, find_layers, full
@@ -87,6 +89,8 @@ class AdaptedModel:
             else None
         )
         self._skips = False  # whether batches begin where the prefix ends
+        self._int8 = Int8Products()
+        self._kernels = kernels
         self._accepted = inspect.signature(model.forward).parameters
 
     def close(self) -> None:
@@ -94,10 +98,12 @@ class AdaptedModel:
         self.rest()
         if self._fused is not None:
             self._fused.part()
+        self._int8.forget()
         self._use_attention(self._own_attention)
 
     def rest(self) -> None:
         """Reset: no adapter, offset or head of a client, no training mode."""
+        self._int8.detach()
         self._layers.detach()
         if self._packer is not None:
             self._packer.detach()
@@ -129,6 +135,8 @@ class AdaptedModel:
         compute = torch.float64 if state_dtype == torch.float64 else self._dtype
         if compute != self._cast_to:
             self._cast_to = compute
+            exact = self._kernels == "off" or compute == torch.float64  # which oneDNN has not
+            self._int8 = Int8Products(Int8Product if exact else int8_matmul.Int8Matmul)
             if self._prefix is not None:
                 self._prefix.forget()
             for parameter in self.model.parameters():
@@ -178,8 +186,21 @@ class AdaptedModel:
             raise ModelError(f"{type(self.model).__name__} cannot recompute activations: set checkpointing = false")
         return blocks
 
-    def train(self, base_dropout: bool, checkpointing: bool) -> None:
-        """Choose the base's mode until `rest`: its own dropout, and activations recomputed in the backward pass.
+    def require_int8(self) -> None:
+        """Raises ModelError where frozen layers cannot be multiplied in int8."""
+        obstacle = None
+        if self.device.type != "cpu":
+            obstacle = f"the model is on {self.device}, and they are for a CPU"
+        elif not wide(self.model, self._head_layers.values()):
+            obstacle = f"{type(self.model).__name__} has no dense linear layer of at least {LEAST} features in and out"
+        elif self._kernels == "auto":
+            obstacle = int8_matmul.missing()
+        if obstacle is not None:
+            raise ModelError(f"frozen layers cannot be multiplied in int8: {obstacle}; set train.int8_products = false")
+
+    def train(self, base_dropout: bool, checkpointing: bool, int8_products: bool = False) -> None:
+        """Choose the base's mode until `rest`: its own dropout, activations recomputed in the backward pass, and frozen layers
+        multiplied in int8, but for blocks below all sites whose states are kept.
 
         Raises ModelError if the model has no blocks whose activations can be recomputed, or is spread over devices.
         """
@@ -190,12 +211,21 @@ class AdaptedModel:
         if base_dropout:
             self.model.train()
         frozen = () if self._prefix is None else self._prefix.blocks
+        if int8_products:
+            self._multiply_in_int8(frozen if self._skips else ())
         for block in self.blocks() if checkpointing else ():
             if any(block is x for x in frozen):
                 continue  # no gradient goes there
             # transformers recomputes a block in training mode alone, in which some switch on their own dropout (OPT).
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             self._checkpointed.append(block)
+
+    def _multiply_in_int8(self, besides: Sequence[nn.Module]) -> None:
+        others = {*self._head_layers.values(), *(layer for block in besides for layer in block.modules())}
+        if self._fused is not None and self._layers is self._fused:
+            self._fused.multiply_in(self._int8)
+            others |= {*self._fused.bases}
+        self._int8.attach(wide(self.model, others).values())
 
     def feed(self, parts: Sequence[ClientRows]) -> Feed:
         """What the model is to read of the rows and what it is to predict, on its device.

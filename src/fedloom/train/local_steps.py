@@ -113,7 +113,7 @@ def _made_ready(model: AdaptedModel, members: Sequence[Member], settings: Settin
     offset, data = members[0].work.base, [m.data for m in members]
     compute = model.ready(dtype, offset, data, kernels=kernels, pack=kernels, prefix=not settings.base_dropout)
     model.foresee([(m.data, np.concatenate(m.plan)) for m in members if m.plan])
-    model.train(settings.base_dropout, settings.checkpointing)
+    model.train(settings.base_dropout, settings.checkpointing, settings.int8_products)
     return compute
 
 

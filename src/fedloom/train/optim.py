@@ -49,6 +49,8 @@ class Settings:
     """Recompute activations in the backward pass instead of keeping them."""
     deterministic: bool = False
     """The same bytes at every run on a GPU too, by torch's deterministic algorithms; a processor needs none."""
+    int8_products: bool = False
+    """Frozen layers multiplied in int8, both factors rounded, in training alone: `fedloom.train.int8_products`."""
     private: Private | None = None
     """Rows are protected: batches are Poisson samples, gradients are clipped row by row and noised, and no loss is told."""
 

@@ -82,7 +82,7 @@ class Trainer:
         everything computes in float64. `kernels` chooses hand-written kernels where they compute the same as the readable
         path, or never. What frozen blocks below all sites make of the rows takes `prefix_bytes` at most. With
         `ahead`, by default on a GPU alone, a thread makes the next batch while the device works. Raises ModelError
-        for a name that is no linear layer, or a model that cannot recompute activations.
+        for a name that is no linear layer, or a model that cannot recompute activations or multiply in int8.
         """
         self.settings = settings if settings is not None else Settings()
         if self.settings.deterministic:
@@ -92,6 +92,8 @@ class Trainer:
         self._ahead = self._model.device.type == "cuda" if ahead is None else ahead
         if self.settings.checkpointing:
             self._model.blocks()
+        if self.settings.int8_products:
+            self._model.require_int8()
 
     @property
     def prefix(self) -> Told | None:

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from fedloom.train.frozen_product import DenseProduct
 from fedloom.train.kernels.lora_linear import FusedLayers
 from fedloom.train.kernels.lora_matmul import Frozen, Segments, lora_matmul
 from fedloom.train.lora_linear import Adapter, HookedLayers, Offset, shape_of
@@ -44,7 +45,7 @@ def test_one_layer_equals_the_readable_one(index: int, shared: str, rank: int) -
     hooked.detach()
     weight = base.get_parameter("weight")
     dense = weight.T if isinstance(base, Conv1D) else weight
-    frozen = Frozen(lambda dtype: [dense], [base.bias], [out], [offsets.get("x")])  # type: ignore[list-item]
+    frozen = Frozen([DenseProduct(lambda _: dense, base.bias)], [out], [offsets.get("x")])  # type: ignore[arg-type]
     (made,) = lora_matmul(x, frozen, [adapter], None)
     torch.testing.assert_close(made, wanted, rtol=0, atol=1e-12)
     probe = torch.randn_like(wanted)

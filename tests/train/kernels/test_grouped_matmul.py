@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedloom.train.frozen_product import DenseProduct
 from fedloom.train.kernels import grouped_matmul
 from fedloom.train.kernels.grouped_matmul import Groups
 from fedloom.train.kernels.lora_matmul import Frozen
@@ -31,7 +32,7 @@ def problem(counts: Sequence[int], dtype: torch.dtype, ranks: Sequence[int]) -> 
         return torch.randn(shape, generator=g).to(dtype)
 
     weight, bias = draw(sum(OUTS), IN), draw(sum(OUTS))
-    frozen = Frozen(lambda _: [weight], [bias], OUTS, [None, (draw(8, 2), draw(2, IN)), None])
+    frozen = Frozen([DenseProduct(lambda _: weight, bias)], OUTS, [None, (draw(8, 2), draw(2, IN)), None])
     K, scale = len(counts), draw(len(counts), 1, 1)
     adapters: list[Any] = [
         Adapter(draw(K, r, IN).requires_grad_(), draw(K, out, r).requires_grad_(), scale)

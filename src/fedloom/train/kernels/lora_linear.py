@@ -6,7 +6,7 @@ Each layer's `forward` is replaced by one that multiplies its weight and the ada
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fedloom.models.families import Family, family_of
 from fedloom.models.quantised import QuantisedLinear, is_plain
+from fedloom.train.frozen_product import DenseProduct, Product
+from fedloom.train.int8_products import Int8Products, suits
 from fedloom.train.kernels.grouped_matmul import ALIGN, Groups, grouped_matmul
 from fedloom.train.kernels.lora_matmul import Frozen, Segments, lora_matmul
 from fedloom.train.lora_linear import Adapter, Dropout, Offset, shape_of
@@ -38,6 +40,7 @@ class LoRALinear:
         self.adapter: Adapter | None = None
         self.step = step
         self.siblings: Siblings | None = None
+        self.int8: Int8Products | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -57,11 +60,18 @@ class LoRALinear:
         assert bias is None or isinstance(bias, Tensor)
         return bias
 
+    @property
+    def product(self) -> Product:
+        """The frozen layer's own."""
+        if self.int8 is not None and is_plain(self.base) and suits(self.weight):
+            return self.int8.of(self.dense(self.weight.dtype), self.bias)
+        return DenseProduct(self.dense, self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (K * b, ..., in) -> (K * b, ..., out), or (1, N, in) -> (1, N, out) with the step's segments."""
         if self.siblings is not None:
             return self.siblings(self, x)
-        frozen = Frozen(lambda dtype: [self.dense(dtype)], [self.bias], [self.out_features], [self.offset])
+        frozen = Frozen([self.product], [self.out_features], [self.offset])
         return _multiply(x, frozen, [self.adapter], self.step)[0]
 
 
@@ -112,19 +122,21 @@ class Siblings:
     def __call__(self, layer: LoRALinear, x: Tensor) -> Tensor:
         """The layer's result."""
         if layer not in self._made or self._x is None or self._x() is not x:
-            biases = [other.bias for other in self._layers] if self._apart else [self._bias]
-            frozen = Frozen(self._weights, biases, self._outs, [other.offset for other in self._layers])
+            frozen = Frozen(self._products(), self._outs, [other.offset for other in self._layers])
             made = _multiply(x, frozen, [other.adapter for other in self._layers], layer.step)
             self._made = dict(zip(self._layers, made, strict=True))
             self._x = weakref.ref(x)
         return self._made.pop(layer)
 
-    def _weights(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        if self._apart:
-            yield from (layer.dense(dtype) for layer in self._layers)
-            return
-        assert self._weight is not None, "layers are joined when they are attached"
-        yield self._weight
+    def _products(self) -> Sequence[Product]:
+        int8 = self._layers[0].int8
+        if self._apart or (int8 is not None and not all(suits(layer.weight) for layer in self._layers)):
+            return [layer.product for layer in self._layers]
+        weight = self._weight
+        assert weight is not None, "layers are joined when they are attached"
+        if int8 is not None:
+            return [int8.of(weight, self._bias, self._outs)]
+        return [DenseProduct(lambda dtype: weight, self._bias)]
 
 
 class FusedLayers:
@@ -152,6 +164,11 @@ class FusedLayers:
         return cls({name: every[name] for name in layers}, siblings, list(every.values()))
 
     @property
+    def bases(self) -> list[nn.Module]:
+        """The frozen layers that are computed here."""
+        return [layer.base for layer in self._every]
+
+    @property
     def aligned(self) -> bool:
         """Whether the sizes of all are such as grouped products take."""
         return all(x.in_features % ALIGN == 0 and x.out_features % ALIGN == 0 for x in self._every)
@@ -164,6 +181,11 @@ class FusedLayers:
         for layer in self._every:
             layer.base.forward = layer.forward
 
+    def multiply_in(self, int8: Int8Products | None) -> None:
+        """How frozen products are made until `detach`: in int8, or as the weights are."""
+        for layer in self._every:
+            layer.int8 = int8
+
     def put(self, adapters: Mapping[str, Adapter], dropout: Dropout | None) -> None:
         assert dropout is None and all(x.gate is None for x in adapters.values()), "these kernels have neither"
         for site, layer in self.adapted.items():
@@ -171,6 +193,7 @@ class FusedLayers:
 
     def detach(self) -> None:
         self.step.segments = None
+        self.multiply_in(None)
         for layer in self._every:
             layer.adapter = layer.offset = None
             layer.base.__dict__.pop("forward", None)

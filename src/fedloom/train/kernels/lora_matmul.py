@@ -12,16 +12,16 @@ rows end to end, and one A: on a CPU a small product costs more for the call tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fedloom.data.placing import sent
+from fedloom.train.frozen_product import Product
 from fedloom.train.lora_linear import Adapter, Offset
 
 
@@ -54,12 +54,10 @@ class Segments:
 
 
 class Frozen(NamedTuple):
-    """The frozen weights of layers with the same input."""
+    """The frozen layers of one input."""
 
-    weights: Callable[[torch.dtype], Iterable[Tensor]]
-    """Asked in forward and again in backward: one (out, in) of all layers' rows end to end, or one of each layer, dense in the
-    dtype. Each is valid until the next."""
-    biases: Sequence[Tensor | None]  # (out,), of each weight
+    products: Sequence[Product]
+    """One with all layers' rows end to end, or one of each layer."""
     outs: list[int]
     """How many rows are each layer's."""
     offsets: Sequence[Offset | None]
@@ -67,7 +65,7 @@ class Frozen(NamedTuple):
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """(..., in) -> (..., out) of each layer; views of one tensor where the weight is one."""
-        ys = [F.linear(x, weight, bias) for weight, bias in zip(self.weights(x.dtype), self.biases, strict=True)]
+        ys = [product(x) for product in self.products]
         if len(ys) < len(self.outs):
             ys = list(torch.split_with_sizes(ys[0], self.outs, -1))
         for i, offset in enumerate(self.offsets):
@@ -78,10 +76,10 @@ class Frozen(NamedTuple):
 
     def back(self, grads: Sequence[Tensor]) -> Tensor:
         """The gradients (..., out) of each layer's result -> that of x (..., in)."""
-        joined = grads if len(self.biases) == len(grads) else [torch.cat(list(grads), -1)]
+        joined = grads if len(self.products) == len(grads) else [torch.cat(list(grads), -1)]
         dx: Tensor | None = None
-        for grad, weight in zip(joined, self.weights(grads[0].dtype), strict=True):
-            dx = grad @ weight if dx is None else dx.add_(grad @ weight)
+        for grad, product in zip(joined, self.products, strict=True):
+            dx = product.back(grad) if dx is None else dx.add_(product.back(grad))
         assert dx is not None
         for grad, offset in zip(grads, self.offsets, strict=True):
             if offset is not None:
