@@ -353,6 +353,12 @@ def test_recomputing_is_refused_before_training() -> None:
         Trainer(model, find_sites(model, ["query"]), settings=Settings(checkpointing=True))
 
 
+def test_a_model_that_cannot_compute_in_its_dtype_is_told_before_training() -> None:
+    fnet = made("fnet", "classification").bfloat16()  # whose Fourier transform has no such kernel
+    with pytest.raises(ModelError, match=r'in bfloat16: .*; set model\.dtype = "float32", or choose another model$'):
+        default_targets(fnet)
+
+
 def test_a_layer_that_all_rows_share_trains_one_client_at_a_time() -> None:
     model = made("deberta-v2", "classification")
     assert not check_sites(model, find_sites(model, ["query_proj"]))  # reads relative positions too

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedloom.errors import ModelError
+
 _ROWS, _TOKENS = 3, 5
 
 
@@ -33,7 +35,7 @@ class Probed:
 
 
 def probe(model: nn.Module, sites: Iterable[str]) -> Probed:
-    """Ask a model of transformers, one that reads `input_ids`. It is left as it was."""
+    """Ask a model of transformers, which is left as it was. Raises ModelError if it cannot compute from `input_ids`."""
     sites = list(sites)
     vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 2))
     ids = torch.randint(0, vocabulary, (_ROWS, _TOKENS), generator=torch.Generator().manual_seed(0))
@@ -78,6 +80,14 @@ def _rows_apart(x: Tensor, y: Tensor) -> bool:
     return same and not torch.equal(x[-1], y[-1])
 
 
+def _fails(model: nn.Module, error: Exception) -> str:
+    """That the model cannot read text, and what may be done."""
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    said = " ".join(str(error).split())[:200] or type(error).__name__
+    instead = "choose another model" if dtype == "float32" else 'set model.dtype = "float32", or choose another model'
+    return f"{type(model).__name__} fails on a batch of short rows in {dtype}: {said}; {instead}"
+
+
 def _inputs(model: nn.Module, sites: Iterable[str], ids: Tensor, padding: int = 0) -> dict[str, list[Tensor | None]]:
     """Site -> the input of each of its calls; None for a call that returned something else than a tensor."""
     calls: dict[str, list[Tensor | None]] = {site: [] for site in sites}
@@ -97,6 +107,8 @@ def _inputs(model: nn.Module, sites: Iterable[str], ids: Tensor, padding: int = 
     try:
         with torch.no_grad():
             model(**arguments)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        raise ModelError(_fails(model, error)) from error
     finally:
         for handle in handles:
             handle.remove()
