@@ -218,6 +218,13 @@ def test_codes_take_the_memory_that_they_say(saved: Callable[[str], str]) -> Non
     assert 4.125 < bits["nf4-double"] < 4.3 and 8 < bits["int8"] < 8.6  # a float32 scale for each row of 64
 
 
+def raising(error: Exception) -> Callable[..., Any]:
+    def fails(*given: Any, **named: Any) -> Any:
+        raise error
+
+    return fails
+
+
 def test_what_cannot_be_is_said(saved: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = saved("bert")
     theirs(source, "int8", "classification", head=True).save_pretrained(str(tmp_path / "head"))
@@ -229,6 +236,11 @@ def test_what_cannot_be_is_said(saved: Callable[[str], str], tmp_path: Path, mon
     config.write_text(json.dumps(values))
     with pytest.raises(ModelError, match=r"quantised \(gptq\), and what reads that is not installed"):
         load_base(str(config.parent), kind="causal-lm")
+    with monkeypatch.context() as patch:  # as transformers 5 says of HQQ where that is installed
+        not_yet = raising(NotImplementedError("HQQ is not available yet"))
+        patch.setattr("transformers.AutoModelForCausalLM.from_pretrained", not_yet)
+        with pytest.raises(ModelError, match=r"and this transformers cannot read that: HQQ is not available yet"):
+            load_base(str(config.parent), kind="causal-lm")
     (tmp_path / "model.gguf").write_text("x")
     with pytest.raises(ModelError, match=r"model.gguf cannot be read as a GGUF model"):
         load_base(str(tmp_path / "model.gguf"), kind="causal-lm")

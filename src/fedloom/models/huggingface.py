@@ -160,11 +160,16 @@ def _loaded(kind: Kind, source: str, options: dict[str, Any], name: str, coded: 
         quantised.bitsandbytes()
     try:
         model, info = loader.from_pretrained(source, **options)
-    except ImportError as error:
+    except (ImportError, NotImplementedError) as error:
         if coded is None:
             raise
+        lacks = (
+            "what reads that is not installed"
+            if isinstance(error, ImportError)
+            else "this transformers cannot read that"
+        )
         raise ModelError(
-            f"model {name!r} is quantised ({coded}), and what reads that is not installed: {' '.join(str(error).split())[:300]}"
+            f"model {name!r} is quantised ({coded}), and {lacks}: {' '.join(str(error).split())[:300]}"
         ) from error
     return model, info
 

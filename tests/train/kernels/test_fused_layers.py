@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.train.frozen_product import DenseProduct
+from fedloom.train.kernels import lora_linear
 from fedloom.train.kernels.lora_linear import FusedLayers
 from fedloom.train.kernels.lora_matmul import Frozen, Segments, lora_matmul
 from fedloom.train.lora_linear import Adapter, HookedLayers, Offset, shape_of
@@ -103,13 +104,19 @@ def adapt(
     ids=str,
 )
 @pytest.mark.parametrize("packed", [True, False])
-def test_layers_with_one_input_are_each_what_they_are_alone(bias: bool, ranks: dict[str, int], packed: bool) -> None:
+@pytest.mark.parametrize("most", [98, 97], ids=["joined", "apart"])
+def test_layers_with_one_input_are_each_what_they_are_alone(
+    bias: bool, ranks: dict[str, int], packed: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    model = Attention(bias)
+    monkeypatch.setattr(lora_linear, "_MOST_JOINED", most)
+    model = Attention(bias)  # of 98 weights
     children = {name: layer for name, layer in model.named_children() if isinstance(layer, nn.Linear)}
     weights = {name: (layer.weight.clone(), layer.bias) for name, layer in children.items()}
     left = {name: torch.randn(len(weights[name][0]), 7).double() for name in ranks}
     adapted, adapters = adapt(model, ranks, {name: (left[name], None) for name in ranks})
+    places = {layer.weight.untyped_storage().data_ptr() for layer in children.values()}
+    assert len(places) == (1 if most == 98 else 3)
     lengths = [3, 5, 4]
     x = torch.randn(1, 12, 7).double() if packed else torch.randn(6, 2, 7).double()
     x.requires_grad_()
