@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -340,3 +342,26 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path / "cache"))
     base = load_base(saved("llama"), kind="causal-lm", quantization="nf4")
     assert quantised.quantised(base.model)
+
+
+def test_what_killed_processes_left_is_deleted(
+    saved: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path))
+    save, codes = code_cache.save_file, tmp_path / "codes"
+
+    def interrupted(tensors: Any, path: Path) -> None:
+        save(tensors, path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(code_cache, "save_file", interrupted)
+        load_base(saved("llama"), kind="causal-lm", quantization="nf4")
+    assert not [*codes.iterdir()]
+    names = [".nf4-0.safetensors-0123abcd", ".nf4-1.safetensors-0123abcd"]
+    for name, age_s in zip(names, (7200, 60), strict=True):
+        (codes / name).write_bytes(b"x")
+        os.utime(codes / name, (time.time() - age_s,) * 2)
+    load_base(saved("llama"), kind="causal-lm", quantization="nf4")
+    left = {path.name for path in codes.iterdir() if path.name.startswith(".")}
+    assert left == {names[1]}, "another process may be writing that"

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,9 @@ from fedloom.disk import cache_dir
 from fedloom.models import quantised
 from fedloom.models.quantised import Coded, Quantization
 from fedloom.models.weights import file_sha256
+
+_LEFT_S = 3600.0
+"""After which a file that is not whole is nobody's: codes of 70 B weights are written in a minute."""
 
 
 def place(
@@ -62,14 +66,24 @@ def write(file: Path, model: nn.Module) -> None:
     beside = file.with_name(f".{file.name}-{secrets.token_hex(4)}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(file.parent)
         # A table of levels is one tensor for all layers, and safetensors keeps none twice.
         save_file({key: x.cpu().contiguous().clone() if _shared(key) else x.cpu() for key, x in flat.items()}, beside)
         digest = file_sha256(beside)
         os.replace(beside, file)
         _beside(file).write_text(digest, encoding="ascii")
     except (OSError, SafetensorError):
+        pass
+    finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what processes that were killed while they wrote have left."""
+    for left in folder.glob(".*.safetensors-*"):
+        if time.time() - left.stat().st_mtime > _LEFT_S:
+            left.unlink(missing_ok=True)
 
 
 def _shared(key: str) -> bool:

@@ -15,10 +15,10 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.errors import ModelError
+from fedloom.train.frozen_product import DenseProduct, through
 
 Quantization = Literal["nf4", "nf4-double", "int8"]
 
@@ -183,21 +183,8 @@ class QuantisedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        y: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
-        return y
-
-
-class _Product(torch.autograd.Function):
-    """W x + b. Autograd would keep every layer's dense weight until the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantisedLinear) -> Tensor:
-        ctx.layer = layer
-        return functional.linear(x, layer.dense(x.dtype), layer.bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.layer.dense(grad.dtype), None
+        # Autograd would keep every layer's dense weight until the backward pass.
+        return through(DenseProduct(self.dense, self.bias), x)
 
 
 def _chunks(out: int, width: int) -> Iterator[tuple[int, int]]:
