@@ -166,7 +166,7 @@ ROOT = Path(__file__).parents[2]
 WRITTEN = [
     path
     for path in (*ROOT.glob("benchmarks/studies/*.toml"), ROOT / "examples/study.toml")
-    if path.stem not in ("base", "fleet")
+    if path.stem not in ("base", "base-decoder", "fleet")
 ]
 
 
