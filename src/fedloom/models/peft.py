@@ -147,6 +147,7 @@ def merge(
     dtype; what is written is never quantised. Raises ModelError for a site or parameter that the model lacks, and for a base
     quantised by another library than bitsandbytes.
     """
+    quantised.check_own_codes(base_model)
     modules = dict(base_model.named_modules())
     dtype = next(x.dtype for x in base_model.parameters() if x.is_floating_point())
     weights: dict[str, Tensor] = dict(base_model.state_dict())

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedloom.errors import ModelError
+from fedloom.models.quantised import is_coded
 
 _ROWS, _TOKENS = 3, 5
 
@@ -57,6 +58,23 @@ def probe(model: nn.Module, sites: Iterable[str]) -> Probed:
     padded = _inputs(model, sites, ids, padding=_TOKENS)
     alone = alone or any(not _unchanged(one[site], padded[site]) for site in sites if site not in obstacles)
     return Probed(obstacles, alone)
+
+
+def without_gradient(model: nn.Module) -> str | None:
+    """The name of a linear layer in another library's codes through which no gradient goes; one of a kind is tried."""
+    kinds = set()
+    for name, layer in model.named_modules():
+        weight = getattr(layer, "weight", None)
+        kind = type(layer), type(getattr(weight, "data", None))
+        if not isinstance(layer, nn.Linear) or not isinstance(weight, Tensor) or not is_coded(weight) or kind in kinds:
+            continue
+        kinds.add(kind)
+        with torch.enable_grad():
+            x = torch.ones(1, 2, layer.in_features, dtype=weight.dtype, device=weight.device)
+            y: Tensor = layer(x.requires_grad_())
+        if not y.requires_grad:
+            return str(name)
+    return None
 
 
 def _unchanged(calls: list[Tensor | None], padded: list[Tensor | None]) -> bool:

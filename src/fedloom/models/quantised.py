@@ -307,12 +307,25 @@ def dense(layer: nn.Module) -> Tensor:
     if isinstance(layer, QuantisedLinear):
         return layer.dense(torch.float32).to("cpu", copy=True)
     if not is_plain(layer):
-        raise ModelError(
-            f"a layer is a {type(layer).__name__}, whose codes fedloom cannot make dense: methods that start from the frozen "
-            "weights, and export --merge, need a base that is not quantised, or one of bitsandbytes"
-        )
+        raise _cannot_be_dense(layer)
     weight = layer.get_parameter("weight").detach()
     return (weight.T if isinstance(layer, Conv1D) else weight).to("cpu", torch.float32, copy=True)
+
+
+def check_own_codes(model: nn.Module) -> None:
+    """Raise ModelError if another library has coded a layer's weights."""
+    for layer in model.modules():
+        weight = getattr(layer, "weight", None)
+        theirs = isinstance(weight, Tensor) and is_coded(weight)
+        if theirs or (coded_shape(layer) is not None and not isinstance(layer, QuantisedLinear)):
+            raise _cannot_be_dense(layer)
+
+
+def _cannot_be_dense(layer: nn.Module) -> ModelError:
+    return ModelError(
+        f"a layer is a {type(layer).__name__}, whose codes fedloom cannot make dense: methods that start from the frozen "
+        "weights, and export --merge, need a base that is not quantised, or one of bitsandbytes"
+    )
 
 
 def stored(layer: QuantisedLinear, dtype: torch.dtype) -> Tensor:
@@ -330,6 +343,11 @@ def is_plain(layer: nn.Module) -> bool:
         and type(weight.data) is Tensor
         and weight.is_floating_point()
     )
+
+
+def is_coded(weight: Tensor) -> bool:
+    """Whether a weight is a tensor of codes that presents itself as dense numbers, as torchao's are."""
+    return type(weight.data) is not Tensor
 
 
 def coded_shape(layer: nn.Module) -> tuple[int, int] | None:
@@ -359,9 +377,15 @@ def bytes_of(model: nn.Module, dtype: torch.dtype) -> int:
     """Memory of a model's weights in a dtype; of layers in few bits, that of their codes and scales."""
     size = torch.empty(0, dtype=dtype).element_size()
     scales = (x for layer in quantised(model).values() for x in layer.codes.kept())
-    return sum(x.numel() * (size if x.is_floating_point() else x.element_size()) for x in model.parameters()) + sum(
-        x.numel() * x.element_size() for x in scales
-    )
+    return sum(_bytes(x, size) for x in model.parameters()) + sum(x.numel() * x.element_size() for x in scales)
+
+
+def _bytes(x: Tensor, size: int) -> int:
+    """Of a parameter, `size` for each number of it that is floating-point; of one in codes, of what it is made of."""
+    if is_coded(x) and hasattr(x, "__tensor_flatten__"):
+        inside = (getattr(x, name) for name in x.__tensor_flatten__()[0])
+        return sum(part.numel() * part.element_size() for part in inside)
+    return x.numel() * (size if x.is_floating_point() else x.element_size())
 
 
 def not_finite(model: nn.Module) -> str | None:

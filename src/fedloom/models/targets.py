@@ -9,7 +9,7 @@ from torch import nn
 
 from fedloom.errors import ConfigError, ModelError, nearest
 from fedloom.models.families import family_of, model_type
-from fedloom.models.probe import probe
+from fedloom.models.probe import probe, without_gradient
 from fedloom.models.quantised import coded_shape
 from fedloom.state import Sites
 
@@ -60,7 +60,8 @@ def all_linear(model: nn.Module) -> list[str]:
 def check_sites(model: nn.Module, sites: Iterable[str]) -> bool:
     """Whether clients can train together, each with adapters at these layers.
 
-    Raises ModelError for a layer that can carry none. Only architectures whose layers are not known to are asked.
+    Raises ModelError for a layer that can carry none, or that hands no gradient back. Only architectures whose layers are not
+    known to are asked.
     """
     names = list(sites)
     for name in names:
@@ -69,6 +70,11 @@ def check_sites(model: nn.Module, sites: Iterable[str]) -> bool:
                 f"layer {name!r} of this {type(model).__name__} can carry no adapter, in PEFT neither: its weight is read past "
                 "the layer; take it out of targets in [lora]"
             )
+    if (layer := without_gradient(model)) is not None:
+        raise ModelError(
+            f"layer {layer!r} of this {type(model).__name__} hands no gradient back: not its weights alone are coded but its "
+            "inputs too; expected a checkpoint that codes weights alone"
+        )
     family = family_of(model)
     if family is not None and family.packs:
         return True

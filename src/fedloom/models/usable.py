@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fedloom.errors import ConfigError, ModelError
-from fedloom.models.quantised import not_finite
+from fedloom.models.quantised import is_coded, not_finite
 
 _AT_ONCE = 1 << 22
 """Weights that are looked at together: as float32, which a processor sums them in, they would take twice the file's memory."""
@@ -33,6 +33,8 @@ def check_usable(name: str, model: Any, tokenizer: Any) -> None:
     if (key := not_finite(model)) is not None:
         raise _damaged(name, key)
     for key, x in model.named_parameters():
+        if is_coded(x):
+            x = x.dequantize()
         if x.is_floating_point() and not all(_finite(part) for part in x.detach().reshape(-1).split(_AT_ONCE)):
             raise _damaged(name, key)
 
