@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial, reduce
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,35 +38,50 @@ def by_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x * (1 / scale)).round(), scale
 
 
-class Int8Product:
+class Factor(Protocol):
+    """A weight (out, in), coded by rows."""
+
+    def __init__(self, weight: Tensor) -> None: ...
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., in), its rows coded -> (..., out), the bias added."""
+        ...
+
+
+class Rounded:
     """The definition, for any dtype and processor: integers are multiplied as float64, which holds their sums exactly."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._codes, self._scale = by_rows(weight)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        q, s = by_rows(x.reshape(-1, x.shape[-1]))
+        y = (q.double() @ self._codes.double().T) * self._scale.double().T * s.double()
+        if bias is not None:
+            y += bias
+        return y.to(x.dtype).view(*x.shape[:-1], len(self._codes))
+
+
+class Int8Product:
+    """The product with a weight that is coded by rows for x, and by columns for the gradient."""
+
+    factor: ClassVar[type[Factor]] = Rounded
 
     def __init__(self, weight: Tensor, bias: Tensor | None, parts: Sequence[int] | None = None) -> None:
         """`weight` (out, in), `bias` (out,). With `parts`, the rows are those of several layers end to end, so many of each:
         the gradient of each is coded by itself."""
         self._parts = list(parts) if parts is not None else [len(weight)]
-        self._there = by_rows(weight)
-        self._back = [by_rows(part.T) for part in weight.split_with_sizes(self._parts)]
+        self._there = self.factor(weight)
+        self._back = [self.factor(part.T) for part in weight.split_with_sizes(self._parts)]
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = _multiply(x, *self._there)
-        return y if self._bias is None else (y + self._bias).to(x.dtype)
+        return self._there.multiply(x, self._bias)
 
     def back(self, grad: Tensor) -> Tensor:
         grads = grad.split_with_sizes(self._parts, -1)
-        return sum_of(_multiply(part, *codes) for part, codes in zip(grads, self._back, strict=True))
-
-
-def _multiply(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    q, s = by_rows(x.reshape(-1, x.shape[-1]))
-    y = (q.double() @ codes.double().T) * scale.double().T * s.double()
-    return y.to(x.dtype).view(*x.shape[:-1], len(codes))
-
-
-def sum_of(terms: Iterable[Tensor]) -> Tensor:
-    """Added up in the first of them."""
-    return reduce(Tensor.add_, terms)
+        terms = (factor.multiply(part, None) for part, factor in zip(grads, self._back, strict=True))
+        return reduce(Tensor.add_, terms)
 
 
 Make = Callable[[Tensor, Tensor | None, Sequence[int] | None], Product]
