@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.train.token_rows import VOCAB, token_rows
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -24,7 +25,6 @@ from fedloom.rng import generator
 from fedloom.train.optim import Settings
 from fedloom.train.trainer import Evaluation, Trainer
 
-VOCAB = 60
 TARGETS = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"], "fnet": ["dense"]}
 CLIPPED = Settings(lr=0.05, clip=0.01, batch_size=3, local_epochs=2)
 
@@ -44,16 +44,7 @@ def deep(name: str, blocks: int = 12) -> nn.Module:
 
 
 def rows(kind: Kind, n: int, seed: int, longest: int = 39) -> Encoded:
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(4, longest + 1, n)
-    return Encoded(
-        tokens=rng.integers(3, VOCAB, lengths.sum()).astype(np.int32),
-        offsets=np.concatenate(([0], np.cumsum(lengths))),
-        pad_id=0,
-        kind=kind,
-        targets=rng.integers(0, 3, n) if kind == "classification" else None,
-        starts=lengths // 2 if kind == "causal-lm" else None,
-    )
+    return token_rows(kind, n, seed, longest)
 
 
 def started(model: nn.Module, targets: list[str]) -> Work:

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from tests.train.token_rows import VOCAB, token_rows
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 import fedloom
 from fedloom import lora
 from fedloom.core import Client, State, Work
-from fedloom.data.batches import Encoded, Kind
+from fedloom.data.batches import Kind
 from fedloom.errors import ModelError
 from fedloom.models.blocks import sites_in
 from fedloom.models.huggingface import find_sites, head_group, head_modules
@@ -32,7 +32,6 @@ from fedloom.train.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(int8_matmul.missing() is not None, reason=str(int8_matmul.missing()))
 
-VOCAB = 60
 TARGETS = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
 INT8 = Settings(optimizer="sgd", lr=1.0, clip=0.05, batch_size=4, local_steps=2, int8_products=True)
 
@@ -50,19 +49,6 @@ def deep(name: str) -> nn.Module:
     return model.eval()
 
 
-def rows(kind: Kind, seed: int, n: int = 12) -> Encoded:
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(4, 30, n)
-    return Encoded(
-        tokens=rng.integers(3, VOCAB, lengths.sum()).astype(np.int32),
-        offsets=np.concatenate(([0], np.cumsum(lengths))),
-        pad_id=0,
-        kind=kind,
-        targets=rng.integers(0, 3, n) if kind == "classification" else None,
-        starts=lengths // 2 if kind == "causal-lm" else None,
-    )
-
-
 class Site:
     """Three clients with ranks of their own on one model."""
 
@@ -78,7 +64,7 @@ class Site:
             if heads:
                 state["head"] = head_group(self.model)
             self.works.append((Client(f"client-{k}", 12, rank), Work(train=state, scale=2.0)))
-        self.data = [rows(self.kind, k) for k in range(3)]
+        self.data = [token_rows(self.kind, 12, k, 29) for k in range(3)]
 
     def trained(self) -> list[Tensor]:
         """What each client's training added, flat."""
@@ -164,7 +150,7 @@ def test_training_is_off_by_some_hundredths(name: str, dtype: torch.dtype, kerne
 def test_scores_are_not_rounded() -> None:
     ours, dense = (Site("bert", replace(INT8, int8_products=x), dtype=torch.bfloat16) for x in (True, False))
     ours.trained()
-    (_, work), held_out = ours.works[0], rows("classification", 9)
+    (_, work), held_out = ours.works[0], token_rows("classification", 12, 9, 29)
     said, right = (x.trainer.evaluate(work, held_out) for x in (ours, dense))
     assert said.logits is not None and right.logits is not None and torch.equal(said.logits, right.logits)
 
